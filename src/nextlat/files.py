@@ -1,0 +1,56 @@
+"""Writing files so that a crash leaves either the old content or the new."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nextlat.errors import NextLatError
+
+
+@contextmanager
+def explained(doing: str, place: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into an error that names the place and the fix."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NextLatError(f"the disk is full while {doing} {place}; free some space and resume") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise NextLatError(
+                f"{doing} {place} is not permitted ({error.strerror}); choose another folder, e.g. with --runs-dir"
+            ) from error
+        raise NextLatError(f"{doing} {place} failed: {error.strerror or error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content at once."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explained("writing", path):
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by JSON."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=True) + "\n")

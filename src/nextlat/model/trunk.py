@@ -1,0 +1,288 @@
+"""The Llama-shaped decoder every objective trains: RMSNorm, RoPE, SwiGLU, no biases.
+
+Weight names are those of a stock Llama checkpoint without its ``model.`` prefix, so that export is a
+renaming.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextlat.errors import NextLatError
+from nextlat.model.attention import Layout, attend, document_layout
+from nextlat.model.cache import Cache
+from nextlat.model.interfaces import LMOutput
+
+EPS = 1e-5
+ROPE_BASE = 10_000.0
+INIT_STD = 0.02
+
+
+def feed_forward_width(width: int) -> int:
+    """Width of the SwiGLU layer: 8/3 of the model width, in steps of 128 (256 -> 640, 384 -> 1024)."""
+    return 128 * max(1, round(8 * width / 384))
+
+
+def init_normal(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw every matrix from N(0, 0.02^2), in the order of ``module.parameters()``; gains stay as they are."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, INIT_STD, generator=generator)
+
+
+class RMSNorm(nn.Module):
+    """``gain * u / sqrt(mean(u^2) + 1e-5)``, computed in fp32 at least."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(..., width) -> (..., width), same dtype."""
+        wide = u if u.dtype is torch.float64 else u.float()
+        return F.rms_norm(wide, self.weight.shape, self.weight, EPS).to(u.dtype)
+
+
+def rotary_angles(positions: Tensor, n_heads: int, head_width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines of RoPE, fp32, entry j paired with entry j + head_width / 2.
+
+    They are laid out for all heads: a product over contiguous memory is twice as fast on a CPU as one that
+    broadcasts over heads.
+
+    Args:
+        positions: (T,) or (B, T) integer positions.
+        n_heads: number of heads.
+        head_width: even width of a head.
+
+    Returns:
+        two (T, n_heads, head_width) or (B, T, n_heads, head_width) tensors.
+    """
+    rate = ROPE_BASE ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
+    angle = positions[..., None, None].float() * rate
+    cos, sin = angle.cos(), angle.sin()
+    shape = (*positions.shape, n_heads, head_width)
+    return torch.cat([cos, cos], -1).expand(shape).contiguous(), torch.cat([-sin, sin], -1).expand(shape).contiguous()
+
+
+def rotate(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE to (B, T, n_heads, head_width)."""
+    return torch.addcmul(u * cos, u.roll(u.shape[-1] // 2, -1), sin).to(u.dtype)
+
+
+class Context(NamedTuple):
+    """What all blocks of one pass share, in the order of a block's arguments."""
+
+    angles: tuple[Tensor, Tensor]
+    """Cosines and signed sines of the positions; see :func:`rotary_angles`."""
+    layout: Layout | None
+    """Where the documents lie; ``None`` means one document a row."""
+    mask: Tensor | None
+    """(T, S) or (B, 1, T, S) bool, True where a query may look."""
+    cache: Cache | None
+    """Keys and values of earlier positions."""
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention with rotary positions."""
+
+    def __init__(self, width: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def keys_values(self, u: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values, (B, T, n_heads, head_width) each, of (B, T, D) normed inputs."""
+        k, v = (projection(u).unflatten(-1, (self.n_heads, -1)) for projection in (self.k_proj, self.v_proj))
+        return rotate(k, *angles), v
+
+    def forward(
+        self,
+        u: Tensor,
+        angles: tuple[Tensor, Tensor],
+        layout: Layout | None,
+        mask: Tensor | None,
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        q = rotate(self.q_proj(u).unflatten(-1, (self.n_heads, -1)), *angles)
+        k, v = self.keys_values(u, angles)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        mixed: Tensor = self.o_proj(attend(q, k, v, layout, mask))
+        return mixed
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``down(silu(gate(u)) * up(u))``."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(u)) * self.up_proj(u))
+        return out
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, width: int, n_heads: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(width)
+        self.self_attn = Attention(width, n_heads)
+        self.post_attention_layernorm = RMSNorm(width)
+        self.mlp = FeedForward(width, feed_forward_width(width))
+
+    def forward(
+        self,
+        u: Tensor,
+        angles: tuple[Tensor, Tensor],
+        layout: Layout | None,
+        mask: Tensor | None,
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        u = u + self.self_attn(self.input_layernorm(u), angles, layout, mask, cache, layer)
+        out: Tensor = u + self.mlp(self.post_attention_layernorm(u))
+        return out
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer with the shape, and the weight names, of Llama.
+
+    Args:
+        vocab_size: number of token ids V.
+        n_layers: number of blocks.
+        n_heads: attention heads; must divide ``width`` into even head widths.
+        width: model width D.
+        tie_embeddings: share the output head with the embedding table.
+        generator: source of the initial weights; ``None`` leaves torch's global one in charge.
+
+    Raises:
+        NextLatError: a size is below 1, or the heads do not divide the width into even parts.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        n_layers: int,
+        n_heads: int,
+        width: int,
+        tie_embeddings: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("vocab_size", vocab_size),
+            ("n_layers", n_layers),
+            ("n_heads", n_heads),
+            ("width", width),
+        ):
+            if value < 1:
+                raise NextLatError(f"{name} is {value}; it must be at least 1")
+        if width % n_heads or (width // n_heads) % 2:
+            raise NextLatError(
+                f"n_heads = {n_heads} does not split width = {width} into even head widths; "
+                f"choose a width that is a multiple of {2 * n_heads}"
+            )
+        self.vocab_size, self.n_heads, self.width = vocab_size, n_heads, width
+        self.embed_tokens = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(Block(width, n_heads) for _ in range(n_layers))
+        self.norm = RMSNorm(width)
+        self.lm_head = nn.Linear(width, vocab_size, bias=False)
+        if tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        init_normal(self, generator if generator is not None else torch.default_generator)
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """(V, D) the embedding table E."""
+        return self.embed_tokens.weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D) the output head W."""
+        return self.lm_head.weight
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        """An empty cache for ``rows`` rows of up to ``capacity`` positions."""
+        shape = (len(self.layers), rows, capacity, self.n_heads, self.width // self.n_heads)
+        return Cache(shape, self.embed_tokens.weight)
+
+    def context(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Context:
+        """What the blocks need beside their input; see :meth:`hidden_states` for the arguments."""
+        if documents is not None and (cache is not None or mask is not None):
+            raise NextLatError("documents cannot be combined with a cache or a mask; run packed rows without a cache")
+        length = tokens.shape[1]
+        layout = None if documents is None else document_layout(documents)
+        start = 0 if cache is None else cache.length
+        if positions is None:
+            positions = layout.positions if layout is not None else torch.arange(length, device=tokens.device) + start
+        if cache is not None and start and mask is None:
+            mask = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device).tril(start)
+        return Context(rotary_angles(positions, self.n_heads, self.width // self.n_heads), layout, mask, cache)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        layers: list[Tensor] | None = None,
+    ) -> Tensor:
+        """States after the final norm, exactly what the output head reads.
+
+        Args:
+            tokens: (B, T) int64.
+            documents: (B, T) ids of packed documents; excludes ``cache`` and ``mask``.
+            positions: (T,) or (B, T) positions; by default they count from 0 in each document.
+            mask: (T, S) or (B, 1, T, S) bool, True where a query may look.
+            cache: keys and values of earlier positions, extended in place.
+            layers: a list that receives the residual stream after the embedding and each block.
+
+        Returns:
+            (B, T, D).
+        """
+        context = self.context(tokens, documents, positions, mask, cache)
+        u = self.embed_tokens(tokens)  # (B, T, D)
+        for index, block in enumerate(self.layers):
+            if layers is not None:
+                layers.append(u)
+            u = block(u, *context, index)
+        if layers is not None:
+            layers.append(u)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        h: Tensor = self.norm(u)
+        return h
+
+    def forward(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> LMOutput:
+        """Next-token logits and states; see :meth:`hidden_states` for the arguments."""
+        h = self.hidden_states(tokens, documents, positions, mask, cache)
+        return LMOutput(logits=self.lm_head(h), hidden=h, cache=cache, probe_state=h)
