@@ -1,0 +1,248 @@
+"""Next-latent prediction: next-token cross-entropy plus the model's own next hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from nextlat import options
+from nextlat.batch import Batch
+from nextlat.errors import NextLatError
+from nextlat.model.trunk import Transformer
+from nextlat.objectives.base import Objective, Term, check_horizon, check_weight
+from nextlat.objectives.dynamics import LatentDynamics
+from nextlat.objectives.losses import cross_entropy_sum, kl_sum, smooth_l1_sum, wide
+from nextlat.objectives.positions import counted, token_positions, transitions
+
+Dynamics = Callable[[Tensor, Tensor], Tensor]
+
+
+def roll(dynamics: Dynamics, hidden: Tensor, embeddings: Tensor, horizon: int) -> Iterator[Tensor]:
+    """Roll the dynamics from every position at once, feeding predicted states back.
+
+    Step i consumes token t + i, so that the state made from source t is a guess of the state at t + i.
+    Rollouts that cross a document boundary are made too; they are left out when a loss selects.
+
+    Args:
+        dynamics: ``(state, embedding) -> state``.
+        hidden: (B, T, D) trunk states.
+        embeddings: (B, T, D) raw embeddings of the row's own tokens.
+        horizon: number of steps d.
+
+    Yields:
+        for i = 1 ... d, (B, max(T - i, 0), D): row t is the prediction for position t + i.
+    """
+    state = hidden
+    for step in range(1, horizon + 1):
+        state = dynamics(state[:, :-1], embeddings[:, step:])
+        yield state
+
+
+def nextlat_sums(
+    hidden: Tensor,
+    embedding_weight: Tensor,
+    head_weight: Tensor,
+    batch: Batch,
+    dynamics: Dynamics,
+    horizon: int,
+    *,
+    latent: bool = True,
+    kl: bool = True,
+    aux_ce: bool = False,
+    detach_source: bool = False,
+    detach_embeddings: bool = False,
+    stop_target: bool = True,
+    stop_head: bool = True,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The NextLat loss as sums and counts, for any model (arXiv 2511.05963, equations of section 3).
+
+    With a row ``x_0 ... x_4`` whose third token opens a new document and horizon 2, the transitions of one
+    step are 0->1, 2->3 and 3->4, and of two steps only 2->4: 0->2 and 1->3 would cross the boundary.
+
+    Gradients: target states, teacher logits and the head under the predicted states are cut; the source
+    states, every rolled state, the embeddings of the consumed tokens and the dynamics are live in both losses.
+
+    Args:
+        hidden: (B, T, D) states the output head reads.
+        embedding_weight: (V, D).
+        head_weight: (V, D).
+        batch: (B, T) tokens, targets and documents.
+        dynamics: ``(state, embedding) -> state``.
+        horizon: number of rollout steps d.
+        latent: make ``latent_i``, SmoothL1 to the stopped target state, summed over features.
+        kl: make ``kl_i``, KL from the model's own next-token distribution to that of the predicted state.
+        aux_ce: make ``aux_ce_i``, cross-entropy of the predicted state on the true token (not in the paper).
+        detach_source: cut the gradient into the trunk; for fitting a drafter on a frozen model.
+        detach_embeddings: cut the gradient into the embedding table; likewise.
+        stop_target: ablation when false: the target state is live.
+        stop_head: ablation when false: the head is live under the predicted states.
+
+    Returns:
+        ``{"ce", "latent_1" ..., "kl_1" ...}: (sum, count)``.
+    """
+    rows, length, width = hidden.shape
+    mask = counted(batch)
+    logits = F.linear(hidden[mask], head_weight)  # (#C_0, V)
+    sums = {"ce": (cross_entropy_sum(logits, batch.targets[mask]), mask.sum())}
+    teacher = F.log_softmax(wide(logits.detach()), -1) if kl else None
+    head = head_weight.detach() if stop_head else head_weight
+    source = hidden.detach() if detach_source else hidden
+    embeddings = F.embedding(batch.tokens, embedding_weight.detach() if detach_embeddings else embedding_weight)
+    target = hidden.detach() if stop_target else hidden
+    for step, state in enumerate(roll(dynamics, source, embeddings, horizon), start=1):
+        if latent:
+            allowed = transitions(batch.documents, step, rows, length, hidden.device)
+            if batch.documents is None:
+                value = smooth_l1_sum(state, target[:, step:])
+            else:
+                value = smooth_l1_sum(state[allowed], target[:, step:][allowed])
+            sums[f"latent_{step}"] = (value, allowed.sum() * width)
+        if kl or aux_ce:
+            chosen = token_positions(batch, step)
+            student = F.linear(state[chosen], head)  # (#C_i, V)
+            if teacher is not None:
+                taught = F.pad(chosen, (length - chosen.shape[1], 0))[mask]  # which of C_0 are reached
+                sums[f"kl_{step}"] = (kl_sum(teacher[taught], student), chosen.sum())
+            if aux_ce:
+                asked = batch.targets[:, step:][chosen]
+                sums[f"aux_ce_{step}"] = (cross_entropy_sum(student, asked), chosen.sum())
+    return sums
+
+
+class DynamicsOptions(options.Options):
+    """The latent dynamics network."""
+
+    hidden_dim: int = Field(ge=1)
+    kind: Literal["mlp"] = "mlp"
+    zero_init_output: bool = False
+
+
+class NextLatOptions(options.Options):
+    """``objectives.nextlat``; see :class:`NextLat` and :func:`nextlat_sums`."""
+
+    horizon: int = Field(1, ge=1)
+    latent_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    kl_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    ce_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    dynamics: DynamicsOptions
+    detach_source: bool = False
+    detach_embeddings: bool = False
+    stop_target: bool = True
+    stop_head: bool = True
+
+
+class NextLat(Objective):
+    """Cross-entropy plus next-latent prediction over a horizon.
+
+    Args:
+        model: our trunk, or any model wrapped in :class:`TorchModel`.
+        horizon: rollout steps d >= 1.
+        latent_weight: lambda_h, weight of the SmoothL1 terms together.
+        kl_weight: lambda_KL, weight of the KL terms together.
+        ce_weight: weight of a cross-entropy of the predicted states; 0 in the method.
+        dynamics: the latent dynamics, or its hidden width.
+        zero_init_output: start the dynamics as the identity on the state.
+        detach_source, detach_embeddings, stop_target, stop_head: see :func:`nextlat_sums`.
+        generator: source of the initial weights of the dynamics.
+
+    Raises:
+        NextLatError: a horizon below 1, a negative or infinite weight, or no auxiliary weight above 0.
+    """
+
+    Options = NextLatOptions
+
+    @classmethod
+    def build(
+        cls,
+        trunk: Transformer,
+        options: options.Options,
+        *,
+        generator: torch.Generator,
+        end_token: int | None,
+        next_token: bool,
+    ) -> Self:
+        """The trunk and a latent dynamics network beside it."""
+        if not isinstance(options, NextLatOptions):
+            raise TypeError(f"NextLatOptions expected, {type(options).__name__} given")
+        settings = options.model_dump(exclude={"dynamics"})
+        dynamics = LatentDynamics(
+            trunk.width, options.dynamics.hidden_dim, options.dynamics.zero_init_output, generator
+        )
+        return cls(trunk, dynamics=dynamics, **settings)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        horizon: int = 1,
+        latent_weight: float = 1.0,
+        kl_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        dynamics: nn.Module | int | None = None,
+        zero_init_output: bool = False,
+        detach_source: bool = False,
+        detach_embeddings: bool = False,
+        stop_target: bool = True,
+        stop_head: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(model)
+        self.horizon = check_horizon(horizon, 1)
+        self.weights = {
+            "latent": check_weight("latent_weight", latent_weight),
+            "kl": check_weight("kl_weight", kl_weight),
+            "aux_ce": check_weight("ce_weight", ce_weight),
+        }
+        if not any(self.weights.values()):
+            raise NextLatError(
+                "latent_weight, kl_weight and ce_weight are all 0; set one above 0, or use the gpt objective"
+            )
+        width = self.model.embedding_weight.shape[1]
+        if not isinstance(dynamics, nn.Module):
+            dynamics = LatentDynamics(width, width if dynamics is None else dynamics, zero_init_output, generator)
+        self.dynamics = dynamics
+        self.options = {
+            "detach_source": detach_source,
+            "detach_embeddings": detach_embeddings,
+            "stop_target": stop_target,
+            "stop_head": stop_head,
+        }
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Counts of ``ce`` and of every active ``latent_i`` (transitions times D), ``kl_i`` and ``aux_ce_i``."""
+        rows, length = batch.tokens.shape
+        width = self.model.embedding_weight.shape[1]
+        counts = {"ce": counted(batch).sum()}
+        for step in range(1, self.horizon + 1):
+            if self.weights["latent"]:
+                allowed = transitions(batch.documents, step, rows, length, batch.tokens.device)
+                counts[f"latent_{step}"] = allowed.sum() * width
+            for kind in ("kl", "aux_ce"):
+                if self.weights[kind]:
+                    counts[f"{kind}_{step}"] = token_positions(batch, step).sum()
+        return counts
+
+    def forward(self, batch: Batch, scale: Mapping[str, float] | None = None) -> dict[str, Term]:
+        """``ce`` with weight 1 and each step's terms with weight lambda / d."""
+        sums = nextlat_sums(
+            self.model.hidden_states(batch.tokens, batch.documents),
+            self.model.embedding_weight,
+            self.model.head_weight,
+            batch,
+            self.dynamics,
+            self.horizon,
+            **{kind: weight > 0 for kind, weight in self.weights.items()},
+            **self.options,
+        )
+        return {
+            name: Term(value, count, 1.0 if name == "ce" else self.weights[name.rsplit("_", 1)[0]] / self.horizon)
+            for name, (value, count) in sums.items()
+        }
+
+    def auxiliary(self) -> nn.Module:
+        """The latent dynamics."""
+        return self.dynamics
