@@ -1,0 +1,5 @@
+"""Generation with a key-value cache."""
+
+from nextlat.decoding.generate import generate
+
+__all__ = ["generate"]

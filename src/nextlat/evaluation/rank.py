@@ -1,0 +1,39 @@
+"""How many directions the states use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nextlat.evaluation.subject import Subject
+from nextlat.statistics import Metric
+
+
+def effective_rank(states: Tensor) -> float:
+    """``exp(entropy of the normalised singular values)`` of an (n, D) matrix, as given (not centred)."""
+    singular = torch.linalg.svdvals(states.double())
+    share = singular[singular > 1e-12]
+    share = share / share.sum()
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def participation_ratio(states: Tensor) -> float:
+    """``(sum e)^2 / sum e^2`` over the eigenvalues e of the covariance of (n, D) states."""
+    eigen = torch.linalg.svdvals((states - states.mean(0)).double()).square()
+    return float(eigen.sum().square() / eigen.square().sum())
+
+
+@torch.no_grad()
+def rank(subject: Subject) -> dict[str, Metric]:
+    """Effective rank of the states the output head reads, raw and centred, and their participation ratio."""
+    states = []
+    for batch in subject.batches():
+        hidden = subject.lm(batch.tokens, batch.documents).hidden.float()
+        states.append((hidden.flatten(0, 1) if batch.documents is None else hidden[batch.documents >= 0]).cpu())
+    h = torch.cat(states)  # (n, D)
+    return {
+        "effective_rank": Metric(effective_rank(h), n=len(h)),
+        "effective_rank_centred": Metric(effective_rank(h - h.mean(0)), n=len(h)),
+        "participation_ratio": Metric(participation_ratio(h), n=len(h)),
+        "width": Metric(float(h.shape[1])),
+    }
