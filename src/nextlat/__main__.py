@@ -1,0 +1,5 @@
+"""``python -m nextlat``."""
+
+from nextlat.cli import main
+
+main()

@@ -1,0 +1,147 @@
+"""The ``nextlat`` command. Heavy imports live inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from nextlat.errors import NextLatError
+
+app = typer.Typer(
+    name="nextlat",
+    help="Next-Latent Prediction: train transformers that predict their own next state, measure what they learned, "
+    "and decode faster with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigArgument = Annotated[
+    Optional[str],  # noqa: UP045 - typer reads it at run time
+    typer.Argument(help="A packaged configuration such as path_star/mini, or a path to a YAML file."),
+]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(help="key=value pairs, for example objective=gpt seed=3 training.steps=500 objective.horizon=4"),
+]
+RunsDir = Annotated[Path, typer.Option(help="Folder that holds the run directories.")]
+Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; default as configured.")]  # noqa: UP045
+
+
+@app.command()
+def train(
+    config: ConfigArgument = None,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    resume: Annotated[Optional[Path], typer.Option(help="Go on with this run directory.")] = None,  # noqa: UP045
+    stop_after: Annotated[
+        Optional[int], typer.Option(min=1, help="Save and leave after N steps in total, as a signal would make it.")  # noqa: UP045
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print configuration, sizes and cost; train nothing.")
+    ] = False,
+) -> None:
+    """Train one model. SIGINT and SIGTERM save before leaving; --resume RUN goes on bit by bit."""
+    from nextlat.commands import train_command
+
+    raise SystemExit(train_command(config, overrides or [], runs_dir, resume, stop_after, dry_run))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    names: Annotated[Optional[list[str]], typer.Argument(help="Measurements; default accuracy.")] = None,  # noqa: UP045
+    dynamics: Annotated[
+        str, typer.Option(help="own, or posthoc: the network that fit-dynamics fitted to the frozen model.")
+    ] = "own",
+    split: Annotated[Optional[str], typer.Option(help="Another split than configured, e.g. train.")] = None,  # noqa: UP045
+    checkpoint: Annotated[str, typer.Option(help="newest or best.")] = "newest",
+    device: Device = None,
+) -> None:
+    """Measure a trained run on held-out data; writes RUN/evaluations/NAME.json."""
+    from nextlat.commands import evaluate_command
+
+    evaluate_command(run, names or ["accuracy"], dynamics, split, checkpoint, device)
+
+
+@app.command("fit-dynamics")
+def fit_dynamics(
+    run: Annotated[Path, typer.Argument(help="A run directory of any objective.")],
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Default: 40 % of the training steps.")] = None,  # noqa: UP045
+    hidden_dim: Annotated[Optional[int], typer.Option(min=1, help="Default: as configured for nextlat.")] = None,  # noqa: UP045
+    horizon: Annotated[Optional[int], typer.Option(min=1, help="Default: as configured for nextlat.")] = None,  # noqa: UP045
+    kl_weight: Annotated[float, typer.Option(min=0, help="Add the KL term; the control uses SmoothL1 alone.")] = 0.0,
+    device: Device = None,
+) -> None:
+    """Fit a latent dynamics network to a frozen model: the control for everything that rolls one."""
+    from nextlat.commands import fit_dynamics_command
+
+    fit_dynamics_command(run, steps, hidden_dim, horizon, kl_weight, device)
+
+
+@app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(help="A packaged configuration or a YAML file; its sweep: section is used.")],
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(help="Grids: objective=gpt,nextlat seed=0..9 objective.horizon=1,2")  # noqa: UP045
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+    results: Annotated[
+        Optional[Path], typer.Option(help="CSV that finished runs are appended to; default results/<config>.csv.")  # noqa: UP045
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
+    devices: Annotated[str, typer.Option(help="CUDA devices to deal out to the processes, e.g. 0,1,2,3.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run.")] = False,
+) -> None:
+    """Train a grid of runs; finished ones are skipped and interrupted ones resumed."""
+    from nextlat.commands import sweep_command
+
+    raise SystemExit(sweep_command(config, overrides or [], runs_dir, results, jobs, devices, dry_run))
+
+
+@app.command()
+def report(
+    sources: Annotated[list[Path], typer.Argument(help="Run directories, or a results CSV of a sweep.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("report"),
+) -> None:
+    """Write tables, figures and one self-contained report.html."""
+    from nextlat.commands import report_command
+
+    report_command(sources, out)
+
+
+@app.command()
+def demo(
+    runs_dir: RunsDir = Path("runs/demo"),
+    seed: Annotated[Optional[int], typer.Option(min=0, help="Default: the configuration's.")] = None,  # noqa: UP045
+) -> None:
+    """Train gpt and nextlat side by side on path_star/mini and show which one can plan."""
+    from nextlat.commands import demo_command
+
+    raise SystemExit(demo_command(runs_dir, seed))
+
+
+@app.command()
+def configs(
+    name: Annotated[Optional[str], typer.Argument(help="Print this configuration whole.")] = None,  # noqa: UP045
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Print one ready command for each objective and configuration.")
+    ] = False,
+) -> None:
+    """List the configurations that ship with the library."""
+    from nextlat.commands import configs_command
+
+    configs_command(name, commands)
+
+
+def main() -> None:
+    """Run the command; errors a user can act on are printed without a traceback."""
+    try:
+        app()
+    except NextLatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

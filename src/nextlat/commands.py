@@ -1,0 +1,241 @@
+"""What each command does, once its arguments are read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from nextlat.config import Config, expand, header, load_config, packaged, read_config, resolve
+from nextlat.errors import NextLatError
+from nextlat.statistics import Metric
+
+
+def train_command(
+    source: str | None,
+    overrides: Sequence[str],
+    runs_dir: Path,
+    resume: Path | None,
+    stop_after: int | None,
+    dry_run: bool,
+) -> int:
+    """Train, then measure; returns the exit code (128 + signal after a signal)."""
+    if source is not None and resume is not None and "=" in source:
+        overrides, source = [source, *overrides], None
+    if source is None and resume is None:
+        raise NextLatError("name a configuration, for example `nextlat train path_star/mini`, or --resume RUN")
+    if source is None and overrides:
+        raise NextLatError("--resume goes on with the run's own configuration; leave the overrides out")
+    config = None if source is None else load_config(source, overrides)
+    if dry_run:
+        if config is None:
+            from nextlat.training.run import read_run_config
+
+            assert resume is not None
+            config = read_run_config(resume)
+        show_plan(config)
+        return 0
+
+    from nextlat.training.build import build, check
+    from nextlat.training.loop import train
+    from nextlat.training.run import RunDirectory, differences
+    from nextlat.training.trained import evaluate_run, load_run
+
+    if resume is not None:
+        run = RunDirectory.open(resume)
+        if config is not None and config.hash() != run.config.hash():
+            changed = differences(run.config.plain(), config.plain())
+            changed = [line for line in changed if not line.startswith(("name:", "sweep"))]
+            raise NextLatError(
+                f"{resume} was started with another configuration ({'; '.join(changed)}); resume it as it is"
+            )
+        built = build(run.config)
+    else:
+        assert config is not None
+        built = build(config)
+        check(config, built)
+        run = RunDirectory.create(config, runs_dir, {"source": source, "data": built.task.description()})
+    try:
+        print(f"{'resuming' if resume else 'training'} {run.path}", flush=True)
+        outcome = train(run, built, resume=resume is not None, stop_after=stop_after)
+        if not outcome.finished:
+            print(f"stopped at step {outcome.step}; go on with: nextlat train --resume {run.path}")
+            return 128 + outcome.signal if outcome.signal else 0
+        for metrics in evaluate_run(load_run(run.path), run.config.evaluation.after).values():
+            show_metrics(metrics)
+    finally:
+        run.close()
+    return 0
+
+
+def show_plan(config: Config) -> None:
+    """Print the resolved configuration, parameter counts and cost."""
+    from nextlat.training.build import build
+    from nextlat.training.estimate import estimate
+
+    built = build(config)
+    cost = estimate(config, built)
+    plain = config.plain()
+    print(yaml.safe_dump(plain, sort_keys=False).rstrip())
+    print(f"# hash {config.hash()}")
+    print(
+        f"# vocabulary {built.task.vocab_size}, rows of {built.task.sequence_length} tokens; "
+        f"{', '.join(f'{key} {value}' for key, value in built.task.description().items())}"
+    )
+    print(
+        f"# parameters {cost.model_parameters + cost.auxiliary_parameters:,} "
+        f"(plain model {cost.model_parameters:,}, beside it {cost.auxiliary_parameters:,})"
+    )
+    print(
+        f"# estimate on this machine: {cost.seconds_per_step:.3g} s a step, {cost.hours:.3g} h for "
+        f"{config.training.steps:,} steps without evaluation, {cost.memory_gb:.2g} GB"
+    )
+
+
+def show_metrics(metrics: Mapping[str, Metric]) -> None:
+    """Print metrics as a table."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("metric", "value", "95 % interval", "chance", "n"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, metric in metrics.items():
+        table.add_row(
+            name,
+            metric.value if isinstance(metric.value, str) else f"{metric.value:.4g}",
+            "" if metric.low is None else f"{metric.low:.4g} to {metric.high:.4g}",
+            "" if metric.chance is None else f"{metric.chance:.3g}",
+            "" if metric.n is None else str(metric.n),
+        )
+    Console(soft_wrap=True).print(table)
+
+
+def evaluate_command(
+    run: Path, names: Sequence[str], dynamics: str, split: str | None, checkpoint: str, device: str | None
+) -> None:
+    """Measure a run and print what was found."""
+    from nextlat.evaluation import find_evaluation
+    from nextlat.training.trained import evaluate_run, load_run
+
+    if dynamics not in ("own", "posthoc"):
+        raise NextLatError(f"--dynamics is {dynamics!r}; choose own or posthoc")
+    if checkpoint not in ("newest", "best"):
+        raise NextLatError(f"--checkpoint is {checkpoint!r}; choose newest or best")
+    for name in names:
+        find_evaluation(name)
+    trained = load_run(run, device, checkpoint)
+    for name, metrics in evaluate_run(trained, names, dynamics, split).items():
+        print(f"{name} of {run} at step {trained.step}")
+        show_metrics(metrics)
+
+
+def fit_dynamics_command(
+    run: Path, steps: int | None, hidden_dim: int | None, horizon: int | None, kl_weight: float, device: str | None
+) -> None:
+    """Fit the control and say where it is."""
+    from nextlat.training.trained import fit_dynamics, load_run
+
+    path, losses = fit_dynamics(load_run(run, device), steps, hidden_dim, horizon, kl_weight)
+    print(f"latent loss {losses[0]:.4g} at the first step, {losses[-1]:.4g} at step {len(losses)}")
+    print(f"wrote {path}; measure with: nextlat evaluate {run} rollout --dynamics posthoc")
+
+
+def sweep_command(
+    source: str, overrides: Sequence[str], runs_dir: Path, results: Path | None, jobs: int, devices: str, dry_run: bool
+) -> int:
+    """Run a grid; returns 1 if a run failed."""
+    from nextlat.training.sweep import Sweep
+
+    if results is None:
+        results = Path("results") / f"{read_config(source)[1].replace('-', '_')}.csv"
+    work = Sweep(expand(source, overrides), runs_dir, results, jobs, [d for d in devices.split(",") if d], _say)
+    plan = work.plan()
+    width = max(len(str(config.name)) for config, _ in plan)
+    for config, state in plan:
+        print(f"{config.name!s:<{width}}  {config.hash()}  {state}")
+    if dry_run:
+        return 0
+    work.run()
+    show_summary([runs_dir / str(config.name) for config, _ in plan])
+    if work.failed:
+        print(f"{len(work.failed)} of {len(plan)} runs failed: {', '.join(work.failed)}", file=sys.stderr)
+    return 1 if work.failed else 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def show_summary(runs: Sequence[Path]) -> None:
+    """Print every seed, mean, interval and solve rate of finished runs."""
+    from nextlat.reporting import load_runs, summarise, summary_grid
+
+    there = [run for run in runs if (run / "metrics.csv").is_file()]
+    if there:
+        Console(soft_wrap=True).print(summary_grid(summarise(load_runs(there))).rich())
+
+
+def report_command(sources: Sequence[Path], out: Path) -> None:
+    """Write the report and say where it is."""
+    from nextlat.reporting import write_report
+
+    page = write_report(sources, out)
+    print(f"wrote {page}")
+
+
+def demo_command(runs_dir: Path, seed: int | None) -> int:
+    """Train both models, write summary and report, print the table."""
+    from nextlat.files import write_json
+    from nextlat.reporting import write_report
+    from nextlat.training.sweep import Sweep
+
+    overrides = ["objective=gpt,nextlat", *([] if seed is None else [f"seed={seed}"])]
+    configs = expand("path_star/mini", overrides)
+    work = Sweep(configs, runs_dir, None, jobs=len(configs), say=_say)
+    print(
+        f"training {' and '.join(c.objective for c in configs)} side by side in {runs_dir}, one thread each", flush=True
+    )
+    work.run()
+    if work.failed:
+        return 1
+    summary = {}
+    for config in configs:
+        found = json.loads((runs_dir / str(config.name) / "evaluations" / "accuracy.json").read_text(encoding="utf-8"))
+        metric = found["metrics"]["whole_path_greedy"]
+        summary[config.objective] = {
+            "accuracy": metric["value"],
+            "low": metric["low"],
+            "high": metric["high"],
+            "chance": metric["chance"],
+            "seed": config.seed,
+            "steps": found["step"],
+        }
+    write_json(runs_dir / "summary.json", summary)
+    runs = [runs_dir / str(config.name) for config in configs]
+    page = write_report(runs, runs_dir / "report")
+    show_summary(runs)
+    print(f"summary: {runs_dir / 'summary.json'}\nopen in a browser: {page.resolve().as_uri()}")
+    return 0
+
+
+def configs_command(name: str | None, commands: bool) -> None:
+    """List configurations, print one, or print ready commands."""
+    if name is not None:
+        read_config(name)
+        print(
+            packaged()[name].read_text(encoding="utf-8")
+            if name in packaged()
+            else Path(name).read_text(encoding="utf-8")
+        )
+        return
+    for label, file in packaged().items():
+        text = file.read_text(encoding="utf-8")
+        if commands:
+            objectives = resolve(read_config(label)[0]).objectives
+            for objective in objectives:
+                print(f"nextlat train {label} objective={objective}")
+        else:
+            print(f"{label}\n" + "\n".join(f"    {line}" for line in header(text).splitlines()))

@@ -1,0 +1,1 @@
+"""Path-Star at several scales."""
