@@ -37,9 +37,11 @@ def proportion(hits: int, n: int) -> tuple[float, float, float, int]:
 
 
 def mean_interval(values: ArrayLike, chance: float | None = None) -> Metric:
-    """Mean over items with its 95 % interval (normal approximation)."""
+    """Mean over items with its 95 % interval (normal approximation); one item has no interval."""
     x = np.asarray(values, dtype=np.float64)
-    half = Z95 * x.std(ddof=1) / sqrt(x.size) if x.size > 1 else float("nan")
+    if x.size < 2:
+        return Metric(float(x.mean()), n=int(x.size), chance=chance)
+    half = Z95 * x.std(ddof=1) / sqrt(x.size)
     return Metric(float(x.mean()), float(x.mean() - half), float(x.mean() + half), int(x.size), chance)
 
 

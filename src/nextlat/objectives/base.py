@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, cast, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,26 +30,25 @@ class Term(NamedTuple):
     weight: float
 
 
-@runtime_checkable
-class StateModel(Protocol):
-    """The three things an objective needs of a language model."""
+class StateModel(nn.Module):
+    """The three things an objective needs of a language model; a module that offers them need not inherit."""
 
     @property
     def embedding_weight(self) -> Tensor:
         """(V, D) the embedding table."""
-        ...
+        raise NotImplementedError
 
     @property
     def head_weight(self) -> Tensor:
         """(V, D) the output head, without bias."""
-        ...
+        raise NotImplementedError
 
     def hidden_states(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """(B, T, D) the states the output head reads."""
-        ...
+        raise NotImplementedError
 
 
-class TorchModel(nn.Module):
+class TorchModel(StateModel):
     """Presents any torch language model through the three things an objective needs.
 
     Args:
@@ -98,6 +97,8 @@ class Objective(nn.Module):
 
     Options: ClassVar[type[BaseOptions]]
     """The objective's section of a configuration; its fields are keyword arguments of the constructor."""
+    model: StateModel
+    """The plain language model."""
     horizon: int = 0
     """Steps beyond the next token that the objective looks ahead."""
 
@@ -124,12 +125,13 @@ class Objective(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if not isinstance(model, StateModel):
+        # hasattr, because a run-time protocol does not see parameters of a module from Python 3.12 on
+        if not all(hasattr(model, name) for name in ("hidden_states", "embedding_weight", "head_weight")):
             raise NextLatError(
                 f"{type(model).__name__} does not offer hidden_states, embedding_weight and head_weight; "
                 "wrap it in nextlat.TorchModel(model, hidden=..., embedding=..., head=...)"
             )
-        self.model = model
+        self.model = cast(StateModel, model)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """The count of every term, from the batch alone, so that it can be summed over ranks beforehand."""
@@ -151,7 +153,7 @@ class Objective(nn.Module):
 
     def as_lm(self) -> CausalLM:
         """The model as plain decoding sees it. Evaluation never asks which objective it is."""
-        return cast(CausalLM, self.model)
+        return cast(CausalLM, cast(object, self.model))
 
     def drafter(self) -> Drafter | None:
         """What guesses ahead of the model in self-speculative decoding; ``None`` if nothing can."""

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from nextlat import options
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
+from nextlat.model.interfaces import LMOutput
 from nextlat.model.trunk import Transformer
-from nextlat.objectives.base import Objective, Term, check_horizon, check_weight
+from nextlat.objectives.base import Objective, StateModel, Term, check_horizon, check_weight
 from nextlat.objectives.dynamics import LatentDynamics
 from nextlat.objectives.losses import cross_entropy_sum, kl_sum, smooth_l1_sum, wide
 from nextlat.objectives.positions import counted, token_positions, transitions
@@ -246,3 +247,37 @@ class NextLat(Objective):
     def auxiliary(self) -> nn.Module:
         """The latent dynamics."""
         return self.dynamics
+
+    def drafter(self) -> LatentDrafter:
+        """Rolls the latent dynamics on the tokens it drafts; any length, no attention and no cache."""
+        return LatentDrafter(self.dynamics, self.model)
+
+
+class LatentDrafter:
+    """Drafts by rolling the latent dynamics: ``s <- p(s, E[token])``, next law ``softmax(W s)``.
+
+    The first token of a round is drawn from the model's own next-token law; the length is not bounded by the
+    horizon of training.
+
+    Args:
+        dynamics: ``(state, embedding) -> state``.
+        model: gives the embedding table and the output head.
+    """
+
+    max_length: int | None = None
+
+    def __init__(self, dynamics: nn.Module, model: StateModel) -> None:
+        self.dynamics, self.model = dynamics, model
+
+    def observe(self, output: LMOutput, accepted: Tensor) -> Tensor:
+        """(B, D) trunk states at each row's last accepted position, an index (B,) into the call's positions."""
+        return output.hidden[torch.arange(len(accepted), device=accepted.device), accepted]
+
+    def step(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """Feed (B,) tokens; next (B, D) state and (B, V) logits of the token after them."""
+        state = self.dynamics(state, F.embedding(token, self.model.embedding_weight))
+        return state, F.linear(state, self.model.head_weight)
+
+    def select(self, state: Tensor, rows: Tensor) -> Tensor:
+        """The states of chosen rows."""
+        return state[rows]
