@@ -19,8 +19,9 @@ def rollout(subject: Subject) -> dict[str, Metric]:
 
     ``transition_error_k`` is the squared error over the variance of the true states (1 is a guess of the mean);
     ``kl_k`` the divergence in nats from the transformer's next-token distribution to the rolled state's, where a
-    token is asked for; ``agreement_k`` how often both find the same token most likely. The intervals of means
-    treat positions as independent.
+    token is asked for; ``agreement_k`` how often both find the same token most likely. Both are left out for
+    models whose next-token law is not a matrix times the state (jtp, bst). The intervals of means treat
+    positions as independent.
     """
     dynamics = subject.need_dynamics()
     length = subject.task.sequence_length
@@ -39,6 +40,8 @@ def rollout(subject: Subject) -> dict[str, Metric]:
             rows, width = batch.tokens.shape
             allowed = transitions(batch.documents, step, rows, width, hidden.device)
             errors[step].append((rolled - hidden[:, step:])[allowed].square().sum(-1))
+            if subject.head_weight is None:
+                continue
             asked = token_positions(batch, step)
             student = F.linear(rolled[asked], subject.head_weight).float().log_softmax(-1)
             truth = teacher[:, step:][asked]
@@ -47,10 +50,10 @@ def rollout(subject: Subject) -> dict[str, Metric]:
     variance = torch.cat(states).double().var(0, unbiased=False).sum()
     metrics: dict[str, Metric] = {}
     for step in steps:
-        if sum(len(part) for part in agree[step]) == 0:
+        metrics[f"transition_error_{step}"] = mean_interval((torch.cat(errors[step]).double() / variance).cpu().numpy())
+        if not any(len(part) for part in agree[step]):
             continue
         same = torch.cat(agree[step])
-        metrics[f"transition_error_{step}"] = mean_interval((torch.cat(errors[step]).double() / variance).cpu().numpy())
         metrics[f"kl_{step}"] = mean_interval(torch.cat(divergence[step]).double().cpu().numpy())
         metrics[f"agreement_{step}"] = Metric(*proportion(int(same.sum()), same.numel()))
     return metrics

@@ -21,8 +21,8 @@ class Subject:
     lm: CausalLM
     embedding_weight: torch.Tensor
     """(V, D)"""
-    head_weight: torch.Tensor
-    """(V, D)"""
+    head_weight: torch.Tensor | None
+    """(V, D); ``None`` where more than a matrix lies between a state and its next-token law."""
     dynamics: nn.Module | None
     """p_psi: the objective's own, or one fitted afterwards; ``None`` if there is none."""
     device: torch.device

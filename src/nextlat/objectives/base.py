@@ -99,6 +99,8 @@ class Objective(nn.Module):
     """The objective's section of a configuration; its fields are keyword arguments of the constructor."""
     model: StateModel
     """The plain language model."""
+    stock_model: ClassVar[bool] = True
+    """Whether next-token logits are ``W h`` with the model's own head, so that ``as_lm()`` is a stock Llama."""
     horizon: int = 0
     """Steps beyond the next token that the objective looks ahead."""
 
@@ -146,6 +148,10 @@ class Objective(nn.Module):
                 in the forward pass.
         """
         raise NotImplementedError
+
+    def term_weight(self, name: str) -> float:
+        """The weight of a term; known before any batch is seen."""
+        return 1.0
 
     def auxiliary(self) -> nn.Module | None:
         """The networks that are trained beside the plain model and saved beside it."""

@@ -96,6 +96,7 @@ class BST(Objective):
     """
 
     Options = BSTOptions
+    stock_model = False
 
     @classmethod
     def build(

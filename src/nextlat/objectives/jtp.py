@@ -16,7 +16,7 @@ from nextlat.errors import NextLatError
 from nextlat.model.cache import Cache
 from nextlat.model.interfaces import CausalLM, LMOutput
 from nextlat.model.trunk import Transformer
-from nextlat.objectives.base import Objective, StateModel, Term, check_horizon, check_weight
+from nextlat.objectives.base import Objective, Term, check_horizon, check_weight
 from nextlat.objectives.fetch import MAX_HEADS, Fetch, windows
 from nextlat.objectives.immediate import head_pieces, immediate_sums
 from nextlat.objectives.positions import counted, token_positions
@@ -49,6 +49,7 @@ class JTP(Objective):
     """
 
     Options = JTPOptions
+    stock_model = False
 
     @classmethod
     def build(
@@ -78,13 +79,8 @@ class JTP(Objective):
         super().__init__(model)
         self.horizon = check_horizon(horizon, 1)
         self.weight = check_weight("mtp_weight", mtp_weight)
-        width = self.states.embedding_weight.shape[1]
+        width = self.model.embedding_weight.shape[1]
         self.fetch = Fetch(width, horizon, heads, residual_next, gamma_init, relative_bias, rms_combine, generator)
-
-    @property
-    def states(self) -> StateModel:
-        """The plain model as the giver of states, embedding table and output head."""
-        return cast(StateModel, self.model)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Counts of ``ce`` and ``jtp_1 ... jtp_d``: positions whose target i steps ahead counts."""
@@ -97,8 +93,8 @@ class JTP(Objective):
         only the slots before it, so these reach no prediction that is summed.
         """
         chosen = self._chosen(batch)
-        hidden = self.states.hidden_states(batch.tokens, batch.documents)
-        embeddings = F.embedding(batch.tokens, self.states.embedding_weight)
+        hidden = self.model.hidden_states(batch.tokens, batch.documents)
+        embeddings = F.embedding(batch.tokens, self.model.embedding_weight)
         fetched = self.fetch(hidden, windows(embeddings, len(chosen)))  # (B, T, d + 1, D)
         states = [fetched[:, : mask.shape[1], step][mask] for step, mask in enumerate(chosen.values())]
         targets = [batch.targets[:, step:][mask] for step, mask in enumerate(chosen.values())]
@@ -110,7 +106,7 @@ class JTP(Objective):
             None if scale is None else [float(scale[name]) for name in chosen],
         )
         return {
-            name: Term(sums[step], mask.sum(), self.weight / self.horizon if step else 1.0)
+            name: Term(sums[step], mask.sum(), self.term_weight(name))
             for step, (name, mask) in enumerate(chosen.items())
         }
 
@@ -120,7 +116,11 @@ class JTP(Objective):
         return {"ce": counted(batch)} | {f"jtp_{step}": token_positions(batch, step) for step in steps}
 
     def _head(self) -> Tensor:
-        return self.states.head_weight
+        return self.model.head_weight
+
+    def term_weight(self, name: str) -> float:
+        """1 for ``ce``, lambda_MTP / d for a further step."""
+        return 1.0 if name == "ce" else self.weight / self.horizon
 
     def auxiliary(self) -> nn.Module:
         """The Fetch module."""
@@ -160,10 +160,10 @@ class JTPModel:
         objective = self.objective
         given = {"positions": positions, "mask": mask, "cache": cache}
         extra: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        hidden = objective.states.hidden_states(tokens, documents, **extra)
-        embeddings = F.embedding(tokens, objective.states.embedding_weight)
+        hidden = objective.model.hidden_states(tokens, documents, **extra)
+        embeddings = F.embedding(tokens, objective.model.embedding_weight)
         state = objective.fetch(hidden, embeddings[..., None, :])[..., 0, :]
-        logits = F.linear(state, objective.states.head_weight)
+        logits = F.linear(state, objective.model.head_weight)
         return LMOutput(logits, hidden, cache, probe_state=hidden, draft_features=embeddings)
 
 
@@ -212,12 +212,12 @@ class JTPDrafter:
                 f"draft {self.max_length} or fewer, or train with a longer horizon"
             )
         fetch = self.objective.fetch
-        embedding = F.embedding(token, self.objective.states.embedding_weight)
+        embedding = F.embedding(token, self.objective.model.embedding_weight)
         slots = fetch.combine(state.hidden, embedding)[:, None]
         grown = (torch.cat(pair, 1) for pair in zip(state[1:], fetch.keys_values(slots), strict=True))
         state = JTPState(state.hidden, *grown)
         predicting = fetch.mix(state.hidden, slots, state.keys, state.values, first=slot)[:, 0]
-        return state, F.linear(predicting, self.objective.states.head_weight)
+        return state, F.linear(predicting, self.objective.model.head_weight)
 
     def select(self, state: JTPState, rows: Tensor) -> JTPState:
         """The state of chosen rows."""

@@ -140,7 +140,7 @@ class MTP(Objective):
             None if scale is None else [float(scale[name]) for name in chosen],
         )
         return {
-            name: Term(sums[step], mask.sum(), self.weight / self.horizon if step else 1.0)
+            name: Term(sums[step], mask.sum(), self.term_weight(name))
             for step, (name, mask) in enumerate(chosen.items())
         }
 
@@ -168,6 +168,10 @@ class MTP(Objective):
             return self.plain_head(shared, context)
         state: Tensor = self.heads[step - 1](shared, context, len(self.trunk.layers) + step - 1)
         return state
+
+    def term_weight(self, name: str) -> float:
+        """1 for ``ce``, lambda_MTP / d for a further step."""
+        return 1.0 if name == "ce" else self.weight / self.horizon
 
     def auxiliary(self) -> nn.Module | None:
         """The further heads."""

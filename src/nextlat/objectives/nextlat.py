@@ -239,10 +239,11 @@ class NextLat(Objective):
             **{kind: weight > 0 for kind, weight in self.weights.items()},
             **self.options,
         )
-        return {
-            name: Term(value, count, 1.0 if name == "ce" else self.weights[name.rsplit("_", 1)[0]] / self.horizon)
-            for name, (value, count) in sums.items()
-        }
+        return {name: Term(value, count, self.term_weight(name)) for name, (value, count) in sums.items()}
+
+    def term_weight(self, name: str) -> float:
+        """1 for ``ce``, lambda / d for a step of a group."""
+        return 1.0 if name == "ce" else self.weights[name.rsplit("_", 1)[0]] / self.horizon
 
     def auxiliary(self) -> nn.Module:
         """The latent dynamics."""

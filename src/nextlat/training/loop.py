@@ -116,12 +116,13 @@ def train(
                 group["lr"] = rate
             batches = micro_batches(task, config, step - 1, device)
             counts = add_counts(objective, batches)
+            scale = {name: objective.term_weight(name) / max(int(count), 1) for name, count in counts.items()}
             optimizer.zero_grad(set_to_none=True)
             sums: dict[str, Tensor] = {}
             weights: dict[str, float] = {}
             for batch in batches:
                 with autocast:
-                    terms = objective(batch)
+                    terms = objective(batch, scale)
                 total_loss(terms, counts).backward()  # type: ignore[no-untyped-call]
                 for name, term in terms.items():
                     sums[name] = sums.get(name, torch.zeros_like(term.sum)) + term.sum.detach()
@@ -231,7 +232,7 @@ def subject(
         task=built.task,
         lm=objective.as_lm(),
         embedding_weight=objective.model.embedding_weight,
-        head_weight=objective.model.head_weight,
+        head_weight=objective.model.head_weight if objective.stock_model else None,
         dynamics=own if dynamics is None else dynamics,
         device=device,
         seed=config.seed,

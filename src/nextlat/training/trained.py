@@ -123,6 +123,11 @@ def fit_dynamics(
         the file written, and the latent loss of every step.
     """
     config = trained.config
+    if kl_weight and not trained.built.objective.stock_model:
+        raise NextLatError(
+            f"--kl-weight is {kl_weight}, and the next-token law of {config.objective} is more than its head times the "
+            "state; fit it with SmoothL1 alone (leave --kl-weight out)"
+        )
     section = config.objectives.get("nextlat")
     steps = steps or max(1, round(POSTHOC_SHARE * config.training.steps))
     hidden_dim = hidden_dim or (section.dynamics.hidden_dim if section else None)  # type: ignore[attr-defined]
