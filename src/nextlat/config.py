@@ -59,10 +59,8 @@ class TrainingConfig(Options):
                 f"accumulation = {self.accumulation} does not divide batch_size = {self.batch_size}; "
                 "every micro-batch needs the same number of rows"
             )
-        if self.schedule == "wsd" and not 1 <= self.decay_steps <= self.steps - self.warmup_steps:
-            raise ValueError(
-                f"schedule wsd needs decay_steps between 1 and {self.steps - self.warmup_steps}, not {self.decay_steps}"
-            )
+        if self.schedule == "wsd" and not self.decay_steps:
+            raise ValueError("schedule wsd needs decay_steps of at least 1, the length of the final decay; it is 0")
         if self.schedule != "wsd" and self.decay_steps:
             raise ValueError(f"decay_steps = {self.decay_steps} is only used by schedule wsd; remove one of the two")
         return self

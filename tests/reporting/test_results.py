@@ -24,11 +24,11 @@ def results(tmp_path: Path) -> Path:
             | {"basin": "solved" if seed else "shortcut", "loss": 0.1, "commit": "abc", "hardware": "two cores"}
             | {"torch": "2", "threads": 1, "config": json.dumps(config)}
         )
-        for step in (20, 40):
-            points.append(
-                {"config_hash": f"h{seed}", "objective": "nextlat", "seed": seed, "step": step, "loss": 1 / step}
-                | {"ce": 1 / step, "eval.whole_path_greedy": accuracy * step / 40, "eval.basin": "partial"}
-            )
+        points += [
+            {"config_hash": f"h{seed}", "objective": "nextlat", "seed": seed, "step": step, "loss": 1 / step}
+            | {"ce": 1 / step, "eval.whole_path_greedy": accuracy * step / 40, "eval.basin": "partial"}
+            for step in (20, 40)
+        ]
     for target, content in ((path, rows), (tmp_path / "path_star_mini_curves.csv", points)):
         with target.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(content[0]))

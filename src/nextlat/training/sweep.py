@@ -22,7 +22,7 @@ import yaml
 
 from nextlat.config import Config
 from nextlat.errors import NextLatError
-from nextlat.files import explained, write_text
+from nextlat.files import explained, locked, write_text
 from nextlat.training.checkpoint import list_checkpoints
 from nextlat.training.run import differences, read_run_config
 from nextlat.training.tracking import read_metrics
@@ -209,14 +209,15 @@ def record(path: Path, run: Path, config: Config) -> None:
 
 def append(path: Path, new: Sequence[dict[str, Any]]) -> None:
     """Add rows to a CSV at once; rows of the same configuration hash are replaced."""
-    hashes = {row["config_hash"] for row in new}
-    rows: list[dict[str, Any]] = [row for row in read_results(path) if row["config_hash"] not in hashes]
-    rows += new
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     with explained("creating", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text.getvalue())
+    with locked(path.parent):  # sweeps may share a file
+        hashes = {row["config_hash"] for row in new}
+        rows: list[dict[str, Any]] = [row for row in read_results(path) if row["config_hash"] not in hashes]
+        rows += new
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(path, text.getvalue())

@@ -14,6 +14,7 @@ from nextlat.errors import NextLatError
 from nextlat.evaluation import find_evaluation
 from nextlat.files import explained, write_json
 from nextlat.objectives import NextLat, total_loss
+from nextlat.objectives.base import check_length
 from nextlat.objectives.dynamics import LatentDynamics
 from nextlat.statistics import Metric
 from nextlat.training.build import Built, build, stream
@@ -132,6 +133,7 @@ def fit_dynamics(
     steps = steps or max(1, round(POSTHOC_SHARE * config.training.steps))
     hidden_dim = hidden_dim or (section.dynamics.hidden_dim if section else None)  # type: ignore[attr-defined]
     horizon = horizon or (section.horizon if section else 1)  # type: ignore[attr-defined]
+    check_length(horizon, trained.built.task.sequence_length)
     model = trained.built.objective.model.requires_grad_(False)
     width = model.embedding_weight.shape[1]
     dynamics = LatentDynamics(width, hidden_dim or width, generator=stream(config.seed, POSTHOC_STREAM))
