@@ -6,6 +6,7 @@ Record only in a commit that changes what is computed, and say there why the tra
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,16 +27,16 @@ def trajectory(objective: str, runs_dir: Path, *more: str) -> Trajectory:
     return {name: [float(row[name]) for row in rows] for name in columns}
 
 
-def main() -> None:
-    """Write ``golden.json``."""
+def main(file: Path = FILE) -> None:
+    """Write ``golden.json``, or another file."""
     torch.set_num_threads(1)
     golden = {}
     for objective in ALL:
         with tempfile.TemporaryDirectory() as folder:
             golden[objective] = trajectory(objective, Path(folder))
-    FILE.write_text(json.dumps(golden, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {FILE}: {', '.join(golden)}")
+    file.write_text(json.dumps(golden, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {file}: {', '.join(golden)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:2]))
