@@ -59,7 +59,7 @@ def train_command(
         assert config is not None
         built = build(config)
         check(config, built)
-        run = RunDirectory.create(config, runs_dir, {"source": source, "data": built.task.description()})
+        run = RunDirectory.create(config, runs_dir, {"source": source, **built.task.description()})
     try:
         print(f"{'resuming' if resume else 'training'} {run.path}", flush=True)
         outcome = train(run, built, resume=resume is not None, stop_after=stop_after)

@@ -22,11 +22,12 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) 
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.double() / temperature).softmax(-1)
-    u = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
+    # on the CPU: the cumulative sum of floats has no deterministic CUDA kernel
+    probabilities = (logits.double() / temperature).softmax(-1).cpu()
+    u = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
     below = (probabilities.cumsum(-1) <= u).sum(-1)  # u = 0 must not find a token of probability 0
     last = (probabilities > 0).cumsum(-1).argmax(-1)  # rounding may leave the sum short of u
-    return torch.minimum(below, last)
+    return torch.minimum(below, last).to(logits.device)
 
 
 @torch.no_grad()

@@ -60,6 +60,7 @@ class Interruption:
 
     def _remember(self, number: int, frame: Any) -> None:
         self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # asked twice means at once
 
 
 def prepare(config: Config) -> torch.device:
