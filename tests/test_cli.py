@@ -222,7 +222,7 @@ LATE = [
     (["training.track=[wandb]"], ['pip install "nextlat[track]"']),
     (["--runs-dir", "file/below"], ["creating run directory file/below/tiny is not permitted", "--runs-dir"]),
     (["--runs-dir", "file"], ["creating run directory file/tiny failed: File exists"]),
-    ([f"name={'n' * 300}"], ["failed: File name too long"]),
+    ([f"name={'n' * 300}"], ["at most 200 characters"]),
 ]
 """What a dry run has no reason to look at."""
 

@@ -149,7 +149,7 @@ def test_a_missing_key_is_named() -> None:
     ("overrides", "said"),
     [
         (["training.batch_size=10", "training.accumulation=4"], "accumulation = 4 does not divide batch_size = 10"),
-        (["training.schedule=wsd", "training.decay_steps=0"], "decay_steps of at least 1"),
+        (["training.schedule=wsd", "training.decay_steps=0"], "decay_steps to at least 1"),
         (["training.schedule=constant", "training.decay_steps=5"], "decay_steps = 5 is only used by schedule wsd"),
     ],
 )
@@ -351,7 +351,7 @@ def test_two_runs_of_a_sweep_may_not_share_a_name() -> None:
 
 def test_run_names_are_readable_and_stable() -> None:
     assert load_config("path_star/mini").name == "path_star-mini-nextlat-s0"
-    overrides = ["training.steps=500", "objective.horizon=4", "seed=3", "training.threads=2"]
+    overrides = ["training.steps=500", "objective.horizon=4", "seed=3", "training.device=cpu"]
     expected = "path_star-mini-nextlat-s3-horizon4-steps500"
     assert load_config("path_star/mini", overrides).name == expected
     assert load_config("path_star/mini", overrides[::-1]).name == expected
@@ -360,7 +360,31 @@ def test_run_names_are_readable_and_stable() -> None:
 
 def test_run_names_are_safe_as_folder_names(tmp_path: Path) -> None:
     name = load_config(write(tmp_path, MINIMAL), ["evaluation.after=[accuracy, rank]", "training.clip=null"]).name
-    assert name == "own-gpt-s0-after__accuracy____rank__-clipNone"
+    assert name == "own-gpt-s0-evaluation.after__accuracy____rank__-clipNone"
+
+
+def test_a_file_name_with_spaces_gives_a_run_that_can_be_opened_again(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL, "my config (2).yaml"), ["data.seed=1"])
+    assert config.name == "my_config__2_-gpt-s0-seed1"
+    assert resolve(config.plain()).name == config.name
+
+
+def test_long_names_are_cut_and_stay_different(tmp_path: Path) -> None:
+    many = [f"objectives.{name}.horizon=3" for name in ("mtp", "jtp")] + ["training.learning_rate=0.0012345678901"]
+    many += ["objectives.nextlat.dynamics.hidden_dim=64", "training.weight_decay=0.123456789", "training.steps=77"]
+    names = {load_config("path_star/mini", [*many, f"training.warmup_steps={n}"]).name for n in (1, 2)}
+    assert len(names) == 2
+    assert all(name is not None and len(name) <= 133 for name in names)
+
+
+def test_keys_with_the_same_last_part_are_told_apart_in_names() -> None:
+    names = {load_config("path_star/mini", [f"{part}.batch_size=100"]).name for part in ("training", "evaluation")}
+    assert len(names) == 2
+
+
+def test_a_range_is_understood_in_the_sweep_section(tmp_path: Path) -> None:
+    configs = expand(write(tmp_path, MINIMAL + 'sweep: [{seed: "0..3"}]\n'))
+    assert [config.seed for config in configs] == [0, 1, 2, 3]
 
 
 def test_the_hash_ignores_name_sweep_and_objectives_that_were_not_selected() -> None:

@@ -66,7 +66,7 @@ def test_pages_link_only_to_files_that_exist() -> None:
 def test_every_configuration_says_command_hardware_and_expected_number() -> None:
     for label, file in packaged().items():
         head = file.read_text(encoding="utf-8").split("task:")[0]
-        for word in ("Command:", "Hardware:", "Expected:"):
+        for word in ("Command:", "Hardware:", "Time:", "Expected:"):
             assert word in head, f"{label} lacks {word}"
 
 

@@ -12,8 +12,7 @@ from nextlat.errors import NextLatError
 
 app = typer.Typer(
     name="nextlat",
-    help="Next-Latent Prediction: train transformers that predict their own next state, measure what they learned, "
-    "and decode faster with it.",
+    help="Next-Latent Prediction: train transformers that predict their own next state, and measure what they learned.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -59,7 +59,7 @@ def train_command(
         assert config is not None
         built = build(config)
         check(config, built)
-        run = RunDirectory.create(config, runs_dir, {"source": source, **built.task.description()})
+        run = RunDirectory.create(config, runs_dir, built.task.description())
     try:
         print(f"{'resuming' if resume else 'training'} {run.path}", flush=True)
         outcome = train(run, built, resume=resume is not None, stop_after=stop_after)
@@ -75,10 +75,11 @@ def train_command(
 
 def show_plan(config: Config) -> None:
     """Print the resolved configuration, parameter counts and cost."""
-    from nextlat.training.build import build
+    from nextlat.training.build import build, check
     from nextlat.training.estimate import estimate
 
     built = build(config)
+    check(config, built)
     cost = estimate(config, built)
     plain = config.plain()
     print(yaml.safe_dump(plain, sort_keys=False).rstrip())
@@ -159,7 +160,9 @@ def sweep_command(
     if dry_run:
         return 0
     work.run()
-    show_summary([runs_dir / str(config.name) for config, _ in plan])
+    if work.signal is not None:
+        return 128 + work.signal
+    show_summary([runs_dir / str(config.name) for config, _ in plan], results)
     if work.failed:
         print(f"{len(work.failed)} of {len(plan)} runs failed: {', '.join(work.failed)}", file=sys.stderr)
     return 1 if work.failed else 0
@@ -169,13 +172,17 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def show_summary(runs: Sequence[Path]) -> None:
-    """Print every seed, mean, interval and solve rate of finished runs."""
+def show_summary(runs: Sequence[Path], results: Path | None = None) -> None:
+    """Print every seed, mean, interval and solve rate; runs that are gone are read from the results file."""
     from nextlat.reporting import load_runs, summarise, summary_grid
 
     there = [run for run in runs if (run / "metrics.csv").is_file()]
-    if there:
-        Console(soft_wrap=True).print(summary_grid(summarise(load_runs(there))).rich())
+    found = load_runs(there) if there else []
+    gone = {run.name for run in runs if run not in there}
+    if gone and results is not None and results.is_file():
+        found += [run for run in load_runs([results]) if run.name in gone]
+    if found:
+        Console(soft_wrap=True).print(summary_grid(summarise(found)).rich())
 
 
 def report_command(sources: Sequence[Path], out: Path) -> None:
@@ -199,12 +206,14 @@ def demo_command(runs_dir: Path, seed: int | None) -> int:
         f"training {' and '.join(c.objective for c in configs)} side by side in {runs_dir}, one thread each", flush=True
     )
     work.run()
+    if work.signal is not None:
+        return 128 + work.signal
     if work.failed:
         return 1
     summary = {}
     for config in configs:
         found = json.loads((runs_dir / str(config.name) / "evaluations" / "accuracy.json").read_text(encoding="utf-8"))
-        metric = found["metrics"]["whole_path_greedy"]
+        metric = next(iter(found["metrics"].values()))
         summary[config.objective] = {
             "accuracy": metric["value"],
             "low": metric["low"],

@@ -59,10 +59,16 @@ class TrainingConfig(Options):
                 f"accumulation = {self.accumulation} does not divide batch_size = {self.batch_size}; "
                 "every micro-batch needs the same number of rows"
             )
-        if self.schedule == "wsd" and not self.decay_steps:
-            raise ValueError("schedule wsd needs decay_steps of at least 1, the length of the final decay; it is 0")
+        if self.schedule == "wsd" and not 1 <= self.decay_steps <= self.steps - self.warmup_steps:
+            raise ValueError(
+                f"schedule wsd warms up for {self.warmup_steps} and decays for {self.decay_steps} of {self.steps} "
+                "steps; set training.decay_steps to at least 1 and, with warmup_steps, to at most training.steps"
+            )
         if self.schedule != "wsd" and self.decay_steps:
-            raise ValueError(f"decay_steps = {self.decay_steps} is only used by schedule wsd; remove one of the two")
+            raise ValueError(
+                f"decay_steps = {self.decay_steps} is only used by schedule wsd; "
+                "set training.decay_steps=0 or training.schedule=wsd"
+            )
         return self
 
 
@@ -81,7 +87,7 @@ class Config(Options):
     task: str
     objective: str = "nextlat"
     seed: int = Field(0, ge=0, lt=2**32)
-    name: str | None = Field(None, pattern=r"^[\w.=+-]+$")
+    name: str | None = Field(None, pattern=r"^[\w.=+-]+$", max_length=200)
     model: ModelConfig
     objectives: dict[str, SerializeAsAny[Options]]
     data: SerializeAsAny[Options]
@@ -101,10 +107,13 @@ class Config(Options):
     def hash(self) -> str:
         """Twelve hex digits over everything that makes the result.
 
-        Left out are the name, the sweep, and the hyper-parameters of objectives that were not selected.
+        Left out are the name, the sweep, where the run computes and is tracked, and the hyper-parameters of
+        objectives that were not selected.
         """
         plain = self.plain()
         plain["objectives"] = plain["objectives"][self.objective]
+        for key in ("device", "track"):
+            del plain["training"][key]
         for key in ("name", "sweep"):
             del plain[key]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
@@ -309,26 +318,29 @@ def _named(data: Mapping[str, Any], label: str, overrides: Mapping[str, Any]) ->
     return config
 
 
-_NOT_IN_NAMES = {"objective", "seed", "name", "training.threads", "training.device", "training.track", "sweep"}
+_NOT_IN_NAMES = {"objective", "seed", "name", "training.device", "training.track", "sweep"}
+_SHORT_IN_NAMES = ("model.", "data.", "training.", "objective.")
+_LONGEST_NAME = 120
 
 
 def run_name(label: str, config: Config, overrides: Mapping[str, Any]) -> str:
     """``path_star-mini-nextlat-s0``, followed by what was overridden: ``-horizon4-steps500``."""
-    shown = (f"{key.rsplit('.', 1)[-1]}{overrides[key]}" for key in sorted(overrides) if key not in _NOT_IN_NAMES)
-    changed = [re.sub(r"[^\w.+-]", "_", text) for text in shown]
-    return "-".join([label, config.objective, f"s{config.seed}", *changed])
+    changed = [
+        (key.rsplit(".", 1)[-1] if key.startswith(_SHORT_IN_NAMES) else key) + str(overrides[key])
+        for key in sorted(overrides.keys() - _NOT_IN_NAMES)
+    ]
+    parts = [label, config.objective, f"s{config.seed}", *changed]
+    name = "-".join(re.sub(r"[^\w.+-]", "_", part) for part in parts)
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}-{config.hash()}"
 
 
 def read_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     """``key=a,b`` and ``key=0..9`` texts as a grid of value lists."""
     grid: dict[str, list[Any]] = {}
     for key, value in map(split_override, texts):
-        span = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", value)
-        if span:
-            first, last = int(span[1]), int(span[2])
-            if last < first:
-                raise NextLatError(f"{key}={value} is an empty range; write the smaller number first")
-            grid[key] = list(range(first, last + 1))
+        span = _range(key, value)
+        if span is not None:
+            grid[key] = span
         elif "," in value and not value.startswith(("[", "{")):
             grid[key] = [read_yaml(part, key) for part in value.split(",")]
         else:
@@ -336,13 +348,24 @@ def read_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     return grid
 
 
+def _range(key: str, value: Any) -> list[Any] | None:
+    """The numbers of ``0..9``; ``None`` for anything else."""
+    span = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", value) if isinstance(value, str) else None
+    if span is None:
+        return None
+    first, last = int(span[1]), int(span[2])
+    if last < first:
+        raise NextLatError(f"{key}={value} is an empty range; write the smaller number first")
+    return list(range(first, last + 1))
+
+
 def flatten(grid: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
-    """Nested grid keys as dotted ones; a single value is a list of one."""
+    """Nested grid keys as dotted ones; a single value is a list of one, ``0..9`` a list of ten."""
     for key, value in grid.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value if isinstance(value, list) else [value]
+            yield f"{prefix}{key}", value if isinstance(value, list) else _range(key, value) or [value]
 
 
 def expand(source: str, overrides: Sequence[str] = ()) -> list[Config]:

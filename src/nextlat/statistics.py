@@ -10,6 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 Z95 = 1.959963984540054
+SOLVED_FROM = 0.90
+"""Accuracy from which a run counts as solved."""
+SHORTCUT_WITHIN = 0.05
+"""Distance from chance within which a run counts as having learned the shortcut."""
 
 
 class Metric(NamedTuple):

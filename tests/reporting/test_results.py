@@ -20,7 +20,14 @@ def results(tmp_path: Path) -> Path:
         config = {"task": "path_star", "objective": "nextlat", "seed": seed, "training": {"steps": 40}}
         rows.append(
             {"config_hash": f"h{seed}", "run": f"r{seed}", "objective": "nextlat", "seed": seed, "steps": 40}
-            | {"whole_path_greedy": accuracy, "low": accuracy - 0.1, "high": accuracy, "n": 100, "chance": 0.5}
+            | {
+                "whole_path_greedy": accuracy,
+                "headline": "whole_path_greedy",
+                "low": accuracy - 0.1,
+                "high": accuracy,
+                "n": 100,
+                "chance": 0.5,
+            }
             | {"basin": "solved" if seed else "shortcut", "loss": 0.1, "commit": "abc", "hardware": "two cores"}
             | {"torch": "2", "threads": 1, "config": json.dumps(config)}
         )

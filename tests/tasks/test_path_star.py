@@ -520,7 +520,11 @@ def test_the_basin_is_named_by_greedy_whole_paths() -> None:
 
 
 def test_description_states_graph_size_and_chance() -> None:
-    assert task(degree=3, length=3, nodes=9, test_size=1, train_size=1).description() == {
+    described = task(degree=3, length=3, nodes=9, test_size=1, train_size=1).description()
+    other = task(degree=3, length=3, nodes=9, test_size=1, train_size=1, seed=1).description()
+    assert len(described["test_sha256"]) == 64
+    assert described.pop("test_sha256") != other["test_sha256"]
+    assert described == {
         "graph": "G(3,3)",
         "distinct_graphs": math.factorial(9) // (math.factorial(2) * math.factorial(2)),
         "chance": 1 / 3,

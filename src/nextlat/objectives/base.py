@@ -157,6 +157,10 @@ class Objective(nn.Module):
         """The networks that are trained beside the plain model and saved beside it."""
         return None
 
+    def latent_dynamics(self) -> nn.Module | None:
+        """p_psi, if the objective trains one: ``(state, embedding) -> state``."""
+        return None
+
     def as_lm(self) -> CausalLM:
         """The model as plain decoding sees it. Evaluation never asks which objective it is."""
         return cast(CausalLM, cast(object, self.model))

@@ -249,6 +249,10 @@ class NextLat(Objective):
         """The latent dynamics."""
         return self.dynamics
 
+    def latent_dynamics(self) -> nn.Module:
+        """The latent dynamics."""
+        return self.dynamics
+
     def drafter(self) -> LatentDrafter:
         """Rolls the latent dynamics on the tokens it drafts; any length, no attention and no cache."""
         return LatentDrafter(self.dynamics, self.model)

@@ -14,6 +14,7 @@ import numpy as np
 from nextlat.reporting.groups import Group, Summary, benchmarks, group_runs, summarise
 from nextlat.reporting.runs import Array, Run
 from nextlat.reporting.theme import LIGHT, SMALL, Theme, dress, legend_above, new_figure, pale, percent
+from nextlat.statistics import SHORTCUT_WITHIN, SOLVED_FROM
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 7.6
-SOLVED_FROM = 0.90
-SHORTCUT_WITHIN = 0.05
 BRANCH = (0, (2, 1))
 MEAN_BELOW = 11.0
 """Points from the lowest dot of a row to its mean."""

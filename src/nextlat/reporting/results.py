@@ -15,7 +15,21 @@ from nextlat.reporting.runs import Array, Reading, Run
 ENVIRONMENT = ("commit", "hardware", "torch", "threads")
 NOT_METRICS = {
     *ENVIRONMENT,
-    *("config_hash", "run", "objective", "seed", "steps", "low", "high", "n", "chance", "loss", "seconds", "config"),
+    *(
+        "config_hash",
+        "run",
+        "headline",
+        "objective",
+        "seed",
+        "steps",
+        "low",
+        "high",
+        "n",
+        "chance",
+        "loss",
+        "seconds",
+        "config",
+    ),
 }
 NOT_CURVES = {"config_hash", "objective", "seed", "eval.basin"}
 
@@ -51,10 +65,11 @@ def _run(path: Path, row: dict[str, str], curve: list[dict[str, str]]) -> Run:
         for name, text in row.items()
         if name not in NOT_METRICS and text and name is not None
     }
-    headline = next(iter(readings), None)
+    low, high, n, chance = (float(row[key]) if row.get(key) else None for key in ("low", "high", "n", "chance"))
+    headline = readings.get(row.get("headline", ""))
     if headline is not None:
-        readings[headline] = Reading(
-            readings[headline].value, float(row["low"]), float(row["high"]), int(row["n"]), float(row["chance"]), steps
+        readings[row["headline"]] = Reading(
+            headline.value, low, high, None if n is None else int(n), chance, headline.step
         )
     named = [name for name in (curve[0] if curve else {}) if name not in NOT_CURVES]
     columns: dict[str, Array] = {
@@ -63,7 +78,7 @@ def _run(path: Path, row: dict[str, str], curve: list[dict[str, str]]) -> Run:
     return Run(
         directory=path.parent / row["run"],
         config=config,
-        environment={key: row.get(key) for key in ENVIRONMENT} | {"chance": float(row["chance"])},
+        environment={key: row.get(key) for key in ENVIRONMENT} | {"chance": chance},
         metrics={name: column for name, column in columns.items() if np.isfinite(column).any()},
         evaluations={"accuracy": readings},
         config_text=json.dumps(config, indent=2),

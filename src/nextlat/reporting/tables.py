@@ -49,7 +49,7 @@ class Grid:
         caption = Text("\n".join(self.notes)) if self.notes else None
         table = Table(title=Text(self.title), caption=caption, box=box.SIMPLE_HEAD, title_justify="left")
         for i, name in enumerate(self.columns):
-            table.add_column(Text(name), justify="left" if i < self.words else "right")
+            table.add_column(Text(name), justify="left" if i < self.words else "right", no_wrap=i >= self.words)
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from hashlib import sha256
 from math import factorial
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from pydantic import Field, model_validator
 from nextlat.batch import IGNORE, Batch
 from nextlat.errors import NextLatError
 from nextlat.options import Options
-from nextlat.statistics import Metric, mean_interval, proportion
+from nextlat.statistics import SHORTCUT_WITHIN, SOLVED_FROM, Metric, mean_interval, proportion
 from nextlat.tasks.base import Outputs, Prompts
 
 Array = NDArray[np.int64]
@@ -288,7 +289,7 @@ class PathStar:
                 level = chance if place == 1 and not reverse else None
                 rate(f"{kind}_{place + 1}", tokens[:, place] == answers[:, place], level)
         if not reverse:
-            metrics["branch_margin"] = mean_interval(self._margins(outputs).double().numpy())
+            metrics["branch_margin"] = mean_interval(self._margins(outputs).double().numpy(), chance=0.0)
         metrics["basin"] = Metric(basin(float(metrics["whole_path_greedy"].value), chance))
         return metrics
 
@@ -302,18 +303,19 @@ class PathStar:
         return logits[right] - logits.masked_fill(right, -torch.inf).amax(1)
 
     def description(self) -> dict[str, Any]:
-        """Sizes and chance level."""
+        """Sizes, chance level, and a checksum of the held-out prompts and paths."""
         return {
             "graph": f"G({self.options.degree},{self.options.length})",
             "distinct_graphs": self.options.distinct_graphs,
             "chance": 1 / self.options.degree,
+            "test_sha256": sha256(np.concatenate([self.prefix(self.test), self.test.path], 1).tobytes()).hexdigest(),
         }
 
 
 def basin(accuracy: float, chance: float) -> str:
     """Where training ended: solved, shortcut (an arm at random), broken (worse) or partial (in between)."""
-    if accuracy >= 0.90:
+    if accuracy >= SOLVED_FROM:
         return "solved"
-    if abs(accuracy - chance) <= 0.05 + 1e-9:  # 0.55 - 0.5 > 0.05 in floating point
+    if abs(accuracy - chance) <= SHORTCUT_WITHIN + 1e-9:  # 0.55 - 0.5 > 0.05 in floating point
         return "shortcut"
     return "broken" if accuracy < chance else "partial"

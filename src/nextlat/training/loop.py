@@ -20,18 +20,24 @@ from nextlat.config import Config
 from nextlat.errors import NextLatError
 from nextlat.evaluation import Subject
 from nextlat.evaluation.accuracy import accuracy
+from nextlat.files import write_text
 from nextlat.objectives import Objective, total_loss
 from nextlat.statistics import Metric
 from nextlat.tasks import Task
 from nextlat.training.build import Built, pick_device
+from nextlat.training.checkpoint import (
+    checkpoint_name,
+    list_checkpoints,
+    load_state,
+    load_weights,
+    newest,
+    save_checkpoint,
+)
 from nextlat.training.checkpoint import discard as discard_checkpoint
-from nextlat.training.checkpoint import list_checkpoints, load_state, load_weights, newest, save_checkpoint
 from nextlat.training.optimizers import learning_rate, make_optimizer
 from nextlat.training.progress import Progress
 from nextlat.training.run import RunDirectory
 from nextlat.training.tracking import open_trackers
-
-HEADLINE = "whole_path_greedy"
 
 
 @dataclass
@@ -95,14 +101,16 @@ def train(
     device = prepare(config)
     task, objective = built.task, built.objective.to(device)
     optimizer = make_optimizer(objective, training)
-    first, best, elapsed = 0, -math.inf, 0.0
+    first, best, best_step, elapsed = 0, -math.inf, 0, 0.0
     if resume and list_checkpoints(run.checkpoints):
         checkpoint = newest(run.path)
         first = load_weights(checkpoint, objective)
         state = load_state(checkpoint)
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        best, elapsed = state["best"], state["seconds"]
+        best, best_step, elapsed = state["best"], state["best_step"], state["seconds"]
+        if training.save == "best":
+            point_to_best(run.checkpoints, best_step)
     save_every = training.save_every or training.evaluate_every or training.steps
     autocast = torch.autocast(device.type, torch.bfloat16) if training.precision == "bf16" else nullcontext()
     trackers = open_trackers(config, run.path, first)
@@ -143,7 +151,8 @@ def train(
                 metrics = accuracy(subject(config, built, device, config.evaluation.examples))
                 row |= {f"eval.{name}": metric.value for name, metric in metrics.items()}
                 headline = float(next(iter(metrics.values())).value)
-                improved, best = headline > best, max(headline, best)
+                improved = headline > best
+                best, best_step = (headline, step) if improved else (best, best_step)
             row["seconds"] = time.monotonic() - began
             for tracker in trackers:
                 tracker.log(row)
@@ -154,10 +163,12 @@ def train(
                     "optimizer": optimizer.state_dict(),
                     "rng": torch.get_rng_state(),
                     "best": best,
+                    "best_step": best_step,
                     "seconds": float(row["seconds"]),
                 }
                 saved = save_checkpoint(run.checkpoints, step, objective, state)
-                keep_best(run.path, saved, improved and training.save == "best")
+                if training.save == "best":
+                    point_to_best(run.checkpoints, best_step)
                 thin(run, training.save, saved)
             if leaving:
                 break
@@ -228,13 +239,12 @@ def subject(
 ) -> Subject:
     """What evaluations look at; by default with the objective's own dynamics."""
     objective = built.objective
-    own = getattr(objective, "dynamics", None)
     return Subject(
         task=built.task,
         lm=objective.as_lm(),
         embedding_weight=objective.model.embedding_weight,
         head_weight=objective.model.head_weight if objective.stock_model else None,
-        dynamics=own if dynamics is None else dynamics,
+        dynamics=objective.latent_dynamics() if dynamics is None else dynamics,
         device=device,
         seed=config.seed,
         split=config.evaluation.split,
@@ -243,12 +253,13 @@ def subject(
     )
 
 
-def keep_best(run: Path, saved: Path, improved: bool) -> None:
-    """Remember the checkpoint with the best headline metric so far."""
-    if improved:
-        from nextlat.files import write_text
+def point_to_best(checkpoints: Path, step: int) -> None:
+    """Name the checkpoint with the best headline metric so far, if it is there.
 
-        write_text(run / "checkpoints" / "best", saved.name + "\n")
+    Done again on resume: a killed run may have saved the checkpoint without naming it.
+    """
+    if (checkpoints / checkpoint_name(step)).is_dir():
+        write_text(checkpoints / "best", checkpoint_name(step) + "\n")
 
 
 def thin(run: RunDirectory, keep: str, saved: Path) -> None:

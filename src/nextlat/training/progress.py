@@ -75,9 +75,7 @@ class Progress:
         parts += [f"{name} {row[name]:.4f} ({share:.0%})" for name, share in shares.items()]
         parts += [f"lr {row['learning_rate']:.1e}", f"norm {row['grad_norm']:.2f}"]
         parts += [f"{row['tokens_per_second'] / 1000:.1f}k tok/s", f"ETA {duration(left)}"]
-        parts += [
-            f"{key.removeprefix('eval.')} {value:.3f}" if isinstance(value, float) else f"[{value}]"
-            for key, value in row.items()
-            if key in ("eval.whole_path_greedy", "eval.forced_whole_path", "eval.basin")
-        ]
+        evaluated = {key.removeprefix("eval."): value for key, value in row.items() if key.startswith("eval.")}
+        parts += [f"{name} {value:.3f}" for name, value in evaluated.items() if isinstance(value, float)][:3]
+        parts += [f"[{value}]" for value in evaluated.values() if isinstance(value, str)]
         return "  ".join(parts)

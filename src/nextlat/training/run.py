@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from pathlib import Path
@@ -40,7 +41,9 @@ class RunDirectory:
             NextLatError: it exists already, or the folder cannot be written.
         """
         path = runs_dir / str(config.name)
-        if path.exists():
+        with explained("looking for", path):
+            there = path.exists()
+        if there:
             raise NextLatError(
                 f"run directory {path} is in use; continue it with --resume {path}, choose another name=..., "
                 "or delete it"
@@ -65,11 +68,21 @@ class RunDirectory:
         """An existing run, with the configuration it was started with."""
         run = cls(path, read_run_config(path))
         if lock:
+            run._refuse_changed_config()
             run._acquire()
             clean(run.checkpoints)
             for left in (*path.glob(".*.tmp"), *run.checkpoints.glob(".*.tmp")):
                 left.unlink()
         return run
+
+    def _refuse_changed_config(self) -> None:
+        file = self.path / "environment.json"
+        recorded = json.loads(file.read_text(encoding="utf-8")).get("config_hash") if file.is_file() else None
+        if recorded not in (None, self.config.hash()):
+            raise NextLatError(
+                f"{self.path / 'config.yaml'} was changed since the run began (hash {self.config.hash()}, "
+                f"not {recorded}); restore it, or start a new run with the new values"
+            )
 
     def _acquire(self) -> None:
         with explained("opening", self.path / "log.txt"):

@@ -23,6 +23,7 @@ import yaml
 from nextlat.config import Config
 from nextlat.errors import NextLatError
 from nextlat.files import explained, locked, write_text
+from nextlat.training.build import build, check
 from nextlat.training.checkpoint import list_checkpoints
 from nextlat.training.run import differences, read_run_config
 from nextlat.training.tracking import read_metrics
@@ -57,7 +58,18 @@ def is_finished(path: Path, config: Config) -> bool:
     """Whether a run made its last step and was measured."""
     checkpoints = list_checkpoints(path / "checkpoints")
     trained = bool(checkpoints) and int(checkpoints[-1].name.removeprefix("step_")) == config.training.steps
-    return trained and all((path / "evaluations" / f"{name}.json").is_file() for name in config.evaluation.after)
+    return trained and all(measured_step(path, name) == config.training.steps for name in config.evaluation.after)
+
+
+def measured_step(run: Path, evaluation: str) -> int | None:
+    """The step a measurement was made at; ``None`` if it was not made."""
+    file = run / "evaluations" / f"{evaluation}.json"
+    return int(json.loads(file.read_text(encoding="utf-8"))["step"]) if file.is_file() else None
+
+
+def _shape(config: Config) -> str:
+    """What decides whether a run can be built: everything but the seed."""
+    return config.model_copy(update={"seed": 0}).hash()
 
 
 @dataclass
@@ -81,41 +93,51 @@ class Sweep:
     say: Say = print
     failed: list[str] = field(default_factory=list)
     _children: set[subprocess.Popen[str]] = field(default_factory=set)
-    _stopped: bool = False
+    signal: int | None = None
+    """The signal that stopped the sweep."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def plan(self) -> list[tuple[Config, Status]]:
-        """Every run and what is left to do for it."""
+        """Every run and what is left to do for it.
+
+        Raises:
+            NextLatError: a run that cannot be built.
+        """
+        for config in {_shape(config): config for config in self.configs}.values():
+            check(config, build(config))
+
         recorded = {row["config_hash"] for row in read_results(self.results)} if self.results else set()
         return [(config, status(config, self.runs_dir, recorded)) for config in self.configs]
 
     def run(self) -> None:
         """Do what is left; a signal lets the children save and stops."""
+        plan = self.plan()
+        if self.results is not None:  # found out now rather than after the first run
+            with explained("creating", self.results.parent):
+                self.results.parent.mkdir(parents=True, exist_ok=True)
         slots: SimpleQueue[str | None] = SimpleQueue()
         for slot in range(self.jobs):
             slots.put(self.devices[slot % len(self.devices)] if self.devices else None)
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(self.jobs) as pool:
-                jobs = [pool.submit(self._one, config, state, Path(folder), slots) for config, state in self.plan()]
+                jobs = [pool.submit(self._one, config, state, Path(folder), slots) for config, state in plan]
                 for job in jobs:
                     job.result()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self._stopped:
-            raise NextLatError(
-                "the sweep was stopped; every run saved its state, and the same command goes on with them"
-            )
+        if self.signal is not None:
+            self.say("the sweep was stopped; every started run saved its state, and the same command goes on with them")
 
     def _stop(self, number: int, frame: Any) -> None:
-        self._stopped = True
+        self.signal = number
         for child in list(self._children):
             child.terminate()
 
     def _one(self, config: Config, state: Status, folder: Path, slots: SimpleQueue[str | None]) -> None:
         name = str(config.name)
-        if state == "recorded" or self._stopped:
+        if state == "recorded" or self.signal is not None:
             if state == "recorded":
                 self.say(f"{name}: already in {self.results}")
             return
@@ -130,7 +152,7 @@ class Sweep:
                 code, tail = self._watch(name, command, device)
             finally:
                 slots.put(device)
-            if self._stopped:
+            if self.signal is not None:
                 return
             if code:
                 with self._lock:
@@ -156,7 +178,7 @@ class Sweep:
             start_new_session=True,
         )
         self._children.add(child)
-        if self._stopped:
+        if self.signal is not None:
             child.terminate()
         lines: list[str] = []
         assert child.stdout is not None
@@ -191,8 +213,9 @@ def record(path: Path, run: Path, config: Config) -> None:
         found = json.loads((run / "evaluations" / f"{name}.json").read_text(encoding="utf-8"))["metrics"]
         for key, metric in found.items():
             row[key] = metric["value"]
-            if key == "whole_path_greedy":
-                row |= {"low": metric["low"], "high": metric["high"], "n": metric["n"], "chance": metric["chance"]}
+            if "headline" not in row:
+                row["headline"] = key
+                row |= {part: metric[part] for part in ("low", "high", "n", "chance")}
     row |= {"loss": rows[-1]["loss"], "seconds": round(float(rows[-1]["seconds"]), 1)}
     row |= {key: environment.get(key) for key in ("commit", "hardware", "torch", "threads")}
     row["config"] = json.dumps(config.plain() | {"sweep": []}, separators=(",", ":"))

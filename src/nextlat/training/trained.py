@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nextlat.config import Config
@@ -37,6 +40,8 @@ class Trained(NamedTuple):
     built: Built
     step: int
     device: torch.device
+    best: bool = False
+    """Whether this is the best checkpoint on request, not the newest."""
 
 
 def load_run(path: Path, device: str | None = None, which: str = "newest") -> Trained:
@@ -58,7 +63,7 @@ def load_run(path: Path, device: str | None = None, which: str = "newest") -> Tr
     step = load_weights(checkpoint, built.objective)
     place = prepare(config)
     built.objective.to(place).eval()
-    return Trained(path, config, built, step, place)
+    return Trained(path, config, built, step, place, which == "best")
 
 
 def evaluate_run(
@@ -71,7 +76,8 @@ def evaluate_run(
         names: measurements.
         dynamics: ``own``, or ``posthoc`` for the network fitted to the frozen model; the file is then called
             ``<name>-posthoc.json``.
-        split: another split than the configuration's; the file then carries its name.
+        split: another split than the configuration's; the file then carries its name, as it carries ``best``
+            for the best checkpoint, so that ``<name>.json`` is always the newest one on the configured split.
     """
     config = trained.config
     network = posthoc_dynamics(trained) if dynamics == "posthoc" else None
@@ -85,8 +91,11 @@ def evaluate_run(
         found[name] = measure(looked)
         with explained("creating", folder):
             folder.mkdir(exist_ok=True)
-        suffix = ("-posthoc" if dynamics == "posthoc" else "") + (f"-{split}" if split else "")
-        write_json(folder / f"{name}{suffix}.json", results(found[name], config, trained.step, commit()))
+        marks = [dynamics if dynamics == "posthoc" else "", split or "", "best" if trained.best else ""]
+        write_json(
+            folder / f"{'-'.join([name, *filter(None, marks)])}.json",
+            results(found[name], config, trained.step, commit()),
+        )
     return found
 
 
@@ -100,7 +109,18 @@ def posthoc_dynamics(trained: Trained) -> LatentDynamics:
     path = posthoc_path(trained.path)
     if not path.is_file():
         raise NextLatError(f"{path} does not exist; fit it with `nextlat fit-dynamics {trained.path}`")
-    weights = load_file(path)
+    try:
+        weights = load_file(path)
+        fitted_to = json.loads(path.with_name("fit.json").read_text(encoding="utf-8"))["model_step"]
+    except (SafetensorError, OSError, ValueError, KeyError):
+        raise NextLatError(
+            f"{path.parent} is damaged; fit it again with `nextlat fit-dynamics {trained.path}`"
+        ) from None
+    if fitted_to != trained.step:
+        raise NextLatError(
+            f"{path} was fitted to the model of step {fitted_to}, and this is step {trained.step}; "
+            f"fit it again with `nextlat fit-dynamics {trained.path}`"
+        )
     hidden_dim, twice = weights["layer_1.weight"].shape
     dynamics = LatentDynamics(twice // 2, hidden_dim)
     dynamics.load_state_dict(weights)
@@ -116,9 +136,9 @@ def fit_dynamics(
 ) -> tuple[Path, list[float]]:
     """Fit p_psi to the frozen model of any objective: the control for every measurement that needs one.
 
-    Trained like the method's own (same data, optimiser and rate), but the trunk, the embedding and the head
-    never change. By default SmoothL1 alone, for 40 % of the training steps, at the width and horizon that the
-    configuration gives ``nextlat``.
+    Same data and optimiser as the run, at its learning rate without warm-up, schedule or clipping; the trunk,
+    the embedding and the head never change. By default SmoothL1 alone, for 40 % of the training steps, at the
+    width and horizon that the configuration gives ``nextlat``.
 
     Returns:
         the file written, and the latent loss of every step.
@@ -151,6 +171,11 @@ def fit_dynamics(
             terms = {name: term for name, term in fitted(batch).items() if name != "ce"}
             total_loss(terms, counts).backward()  # type: ignore[no-untyped-call]
             latent += float(terms["latent_1"].sum.detach() / counts["latent_1"].clamp(min=1))
+        if not math.isfinite(latent):
+            raise NextLatError(
+                f"the latent loss is {latent} at step {step + 1} of the fit; nothing was written. "
+                "Fit a run with a lower training.learning_rate"
+            )
         optimizer.step()
         losses.append(latent)
     path = posthoc_path(trained.path)
