@@ -49,18 +49,23 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file's content at once."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explained("writing", path):
         try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with aside.open("wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by UTF-8 text."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

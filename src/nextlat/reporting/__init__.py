@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from nextlat.files import explained
+from nextlat.files import explained, write_bytes
 from nextlat.reporting.figures import drawings
 from nextlat.reporting.groups import Summary, group_runs, summarise
 from nextlat.reporting.load import load_run, load_runs
@@ -44,22 +43,12 @@ def write_report(run_dirs: Sequence[Path], out: Path, metric: str | None = None)
         if light is None or dark is None:
             continue
         data, width_height = png(light), size(light)
-        _replace(out / "figures" / f"{drawing.name}.png", data)
+        write_bytes(out / "figures" / f"{drawing.name}.png", data)
         pictures.append(Picture(drawing.title, drawing.caption, drawing.alt, data, png(dark), *width_height))
-    _replace(out / "table.md", report_markdown(runs, metric).encode())
-    _replace(out / "summary.csv", summary_csv(summaries).encode())
-    _replace(out / "report.html", report_page(runs, summaries, pictures, metric).encode())
+    write_bytes(out / "table.md", report_markdown(runs, metric).encode())
+    write_bytes(out / "summary.csv", summary_csv(summaries).encode())
+    write_bytes(out / "report.html", report_page(runs, summaries, pictures, metric).encode())
     return out / "report.html"
-
-
-def _replace(path: Path, data: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with explained("writing", path):
-        try:
-            aside.write_bytes(data)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
 
 
 __all__ = [
