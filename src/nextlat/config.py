@@ -78,6 +78,7 @@ class EvaluationConfig(Options):
     split: str = "test"
     examples: int | None = Field(500, ge=1, description="held-out examples while training; null is all")
     batch_size: int = Field(500, ge=1)
+    health: bool = Field(True, description="log state and gradient health at every evaluation while training")
     after: list[str] = Field(["accuracy"], description="evaluations on all examples after the last step")
 
 
@@ -108,14 +109,16 @@ class Config(Options):
         """Twelve hex digits over everything that makes the result.
 
         Left out are the name, the sweep, where the run computes and is tracked, and the hyper-parameters of
-        objectives that were not selected.
+        objectives that were not selected. Values that equal their defaults are left out too, so that an option
+        added to the library later does not make every recorded run another one.
         """
-        plain = self.plain()
-        plain["objectives"] = plain["objectives"][self.objective]
+        plain = self.model_dump(mode="json", exclude_defaults=True)
+        selected = self.selected.model_dump(mode="json", exclude_defaults=True)
+        plain |= {"objective": self.objective, "objectives": selected, "seed": self.seed}
         for key in ("device", "track"):
-            del plain["training"][key]
+            plain["training"].pop(key, None)
         for key in ("name", "sweep"):
-            del plain[key]
+            plain.pop(key, None)
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 

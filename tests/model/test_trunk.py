@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model import Transformer
-from nextlat.model.trunk import RMSNorm, feed_forward_width, init_normal, rotary_angles, rotate
+from nextlat.model.norm import RMSNorm
+from nextlat.model.trunk import feed_forward_width, init_normal, rotary_angles, rotate
 from nextlat.objectives.gpt import GPT
 from nextlat.objectives.nextlat import NextLat
 from tests.batches import document_ids
@@ -63,6 +64,19 @@ def test_rms_norm_multiplies_by_its_gain_and_works_over_the_last_dimension() -> 
     u = torch.randn(2, 4, 3, generator=seeded(0), dtype=torch.float64)
     expected = torch.stack([torch.stack([rms_norm(x, norm.weight) for x in row]) for row in u])
     torch.testing.assert_close(norm(u), expected)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (0, 5)])
+def test_rms_norm_has_the_gradients_of_its_definition(shape: tuple[int, ...]) -> None:
+    norm = RMSNorm(5).double()
+    norm.weight.data = torch.linspace(-1, 2, 5, dtype=torch.float64)
+    u = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    upstream = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    plain = norm.weight * u * (u.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    expected = torch.autograd.grad(plain, (u, norm.weight), upstream)
+    for found, wanted in zip(torch.autograd.grad(norm(u), (u, norm.weight), upstream), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(norm(u), plain, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -182,11 +182,6 @@ def test_the_result_does_not_depend_on_the_chunk(chunk_pairs: int) -> None:
         torch.testing.assert_close(value, expected[1][key], rtol=1e-9, atol=1e-12)
 
 
-def test_chunks_are_small_for_large_vocabularies() -> None:
-    assert bst().chunk_pairs == 32768
-    assert BST(Transformer(50_257, 1, 1, 2), END).chunk_pairs == 2**26 // 50_257
-
-
 @pytest.mark.parametrize("cells", [1, 64, 200])
 def test_pairs_do_not_depend_on_how_many_rows_are_looked_at_together(
     cells: int, monkeypatch: pytest.MonkeyPatch

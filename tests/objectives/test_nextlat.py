@@ -90,14 +90,14 @@ def test_worked_example_gradients_of_the_total() -> None:
 def test_worked_example_gradients_of_the_auxiliary_terms() -> None:
     batch, leaves = worked_example()
     terms = {name: term for name, term in core(batch, leaves, 2).items() if name != "ce"}
-    hidden, embedding, head = torch.autograd.grad(total_loss(terms), leaves, allow_unused=True)
+    hidden, embedding, head = torch.autograd.grad(total_loss(terms), leaves, materialize_grads=True)
     expected = [(0.032348, -0.411618), (0.224640, -0.281845), (0.0, 0.0), (-0.083333, 0.083333), (0.0, 0.0)]
     torch.testing.assert_close(hidden[0], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
     assert (hidden[0, 2] == 0).all()  # a target only
     assert (hidden[0, 4] == 0).all()
     expected = [(0.0, 0.0), (-0.041667, 0.041667), (0.208581, -0.585911)]
     torch.testing.assert_close(embedding, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
-    assert head is None
+    assert not head.any()
 
 
 def test_rollout_never_passes_through_a_document_boundary() -> None:
@@ -599,3 +599,16 @@ def test_a_plain_torch_model_trains_and_its_own_parameters_move() -> None:
 def test_a_model_without_the_three_things_is_refused_with_the_way_to_wrap_it(objective: type) -> None:
     with pytest.raises(NextLatError, match=r"Recurrent does not offer hidden_states.*TorchModel\(model, hidden="):
         objective(Recurrent())
+
+
+def test_padding_states_that_are_not_finite_reach_no_gradient() -> None:
+    batch, leaves = worked_example()
+    documents = torch.tensor([[0, 0, 0, -1, -1]])
+    hidden = leaves.hidden.detach().clone()
+    hidden[0, 3:] = float("nan")
+    dynamics = LatentDynamics(2, 3).double()
+    inputs = (hidden.requires_grad_(), leaves.embedding, leaves.head, *dynamics.parameters())
+    sums = nextlat_sums(hidden, leaves.embedding, leaves.head, batch._replace(documents=documents), dynamics, 2)
+    total = torch.stack([value for value, _ in sums.values()]).sum()
+    assert total.isfinite()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(total, inputs))

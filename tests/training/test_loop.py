@@ -56,9 +56,9 @@ def test_metrics_have_one_row_a_step_and_evaluations_only_where_they_were_made(r
     evaluated = [row["step"] for row in rows if row["eval.whole_path_greedy"]]
     assert evaluated == ["3", "6"]
     for row in rows:
-        present = {bool(value) for key, value in row.items() if key.startswith("eval.")}
+        present = {bool(value) for key, value in row.items() if key.startswith(("eval.", "health."))}
         assert len(present) == 1
-        assert all(value for key, value in row.items() if not key.startswith("eval."))
+        assert all(value for key, value in row.items() if not key.startswith(("eval.", "health.")))
         assert sum(float(value) for key, value in row.items() if key.endswith(".share")) == pytest.approx(1)
         assert row["loss"] == row["ce"]
     seconds = [float(row["seconds"]) for row in rows]
@@ -298,7 +298,7 @@ class Poisoned(GPT):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_term_that_is_not_finite_stops_training_before_it_reaches_the_weights(value: float, runs: Path) -> None:
-    config = tiny("gpt")
+    config = tiny("gpt", "evaluation.health=false")
     run, built = start(config, runs)
     poisoned = Poisoned(built.objective.model)
     poisoned.value = value

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from nextlat.errors import unknown
 from nextlat.evaluation.accuracy import accuracy
+from nextlat.evaluation.health import health
 from nextlat.evaluation.rank import rank
 from nextlat.evaluation.rollout import rollout
 from nextlat.evaluation.subject import Subject
@@ -11,6 +12,7 @@ from nextlat.statistics import Metric
 
 EVALUATIONS: dict[str, Callable[[Subject], dict[str, Metric]]] = {
     "accuracy": accuracy,
+    "health": health,
     "rank": rank,
     "rollout": rollout,
 }

@@ -16,8 +16,8 @@ from nextlat.errors import NextLatError
 from nextlat.model.attention import Layout, attend, document_layout
 from nextlat.model.cache import Cache
 from nextlat.model.interfaces import LMOutput
+from nextlat.model.norm import RMSNorm
 
-EPS = 1e-5
 ROPE_BASE = 10_000.0
 INIT_STD = 0.02
 
@@ -33,19 +33,6 @@ def init_normal(module: nn.Module, generator: torch.Generator) -> None:
         for parameter in module.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(0.0, INIT_STD, generator=generator)
-
-
-class RMSNorm(nn.Module):
-    """``gain * u / sqrt(mean(u^2) + 1e-5)``, computed in fp32 at least."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, u: Tensor) -> Tensor:
-        """(..., width) -> (..., width), same dtype."""
-        wide = u if u.dtype is torch.float64 else u.float()
-        return F.rms_norm(wide, self.weight.shape, self.weight, EPS).to(u.dtype)
 
 
 def rotary_angles(positions: Tensor, n_heads: int, head_width: int) -> tuple[Tensor, Tensor]:

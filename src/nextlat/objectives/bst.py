@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Literal, Self, cast
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -15,11 +14,12 @@ from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model.cache import Cache
 from nextlat.model.interfaces import LMOutput
-from nextlat.model.trunk import Block, Context, FeedForward, RMSNorm, Transformer, feed_forward_width, init_normal
+from nextlat.model.norm import RMSNorm
+from nextlat.model.trunk import Block, Context, FeedForward, Transformer, feed_forward_width, init_normal
 from nextlat.objectives.base import Objective, Term
-from nextlat.objectives.immediate import LOGITS_AT_ONCE, Piece, immediate_sums, zero_sums
-from nextlat.objectives.losses import cross_entropy_sum
+from nextlat.objectives.immediate import Piece, immediate_sums, zero_sums
 from nextlat.objectives.pairs import Pairs, check_next_token, sample_pairs, suffixes
+from nextlat.objectives.token_losses import token_losses
 
 PAIRS_AT_ONCE = 32768
 
@@ -145,7 +145,7 @@ class BST(Objective):
             raise NextLatError(f"gap_one is {gap_one!r}; it must be 'eos' or 'copy'")
         self.end_token, self.gap_one = end_token, gap_one
         self.min_gap, self.max_gap, self.pair_fraction = min_gap, max_gap, pair_fraction
-        self.chunk_pairs = chunk_pairs or max(1, min(PAIRS_AT_ONCE, LOGITS_AT_ONCE // model.vocab_size))
+        self.chunk_pairs = chunk_pairs or PAIRS_AT_ONCE
         self.networks = BeliefNetworks(model, generator)
         self.parts: dict[str, Tensor] = {}
         """Sums of the two halves in the last forward pass, ``next`` and ``prev``, without gradient; for logs."""
@@ -187,10 +187,7 @@ class BST(Objective):
                 f, b = f.index_select(0, (first + t)[chosen]), b.index_select(0, (first + p)[chosen])
                 states = self.networks.text_head(f, b)
                 asked = following[chosen], previous[chosen]
-                sums = [
-                    cross_entropy_sum(F.linear(s, self.trunk.head_weight), y)
-                    for s, y in zip(states, asked, strict=True)
-                ]
+                sums = [token_losses(s, self.trunk.head_weight, y)[0] for s, y in zip(states, asked, strict=True)]
                 halves.add_(torch.stack(sums).detach())
                 return sums[0] + sums[1]
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextlat.errors import NextLatError
-from nextlat.model.trunk import EPS, RMSNorm, init_normal
+from nextlat.model.norm import EPS, RMSNorm
+from nextlat.model.trunk import init_normal
 from nextlat.objectives.losses import wide
 
 MAX_HEADS = 4

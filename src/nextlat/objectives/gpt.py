@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nextlat import options
 from nextlat.batch import Batch
 from nextlat.model.trunk import Transformer
 from nextlat.objectives.base import Objective, Term
-from nextlat.objectives.losses import cross_entropy_sum
 from nextlat.objectives.positions import counted
+from nextlat.objectives.token_losses import token_losses
 
 
 class GPTOptions(options.Options):
@@ -47,5 +46,5 @@ class GPT(Objective):
         """``{"ce": ...}`` with weight 1."""
         hidden = self.model.hidden_states(batch.tokens, batch.documents)
         mask = counted(batch)
-        logits = F.linear(hidden[mask], self.model.head_weight)  # (#C_0, V)
-        return {"ce": Term(cross_entropy_sum(logits, batch.targets[mask]), mask.sum(), 1.0)}
+        (ce,) = token_losses(hidden[mask], self.model.head_weight, batch.targets[mask])
+        return {"ce": Term(ce, mask.sum(), 1.0)}

@@ -7,18 +7,13 @@ result does not depend on how the sum is cut into pieces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nextlat.errors import NextLatError
-from nextlat.objectives.losses import cross_entropy_sum
-
-LOGITS_AT_ONCE = 2**26
-"""How many logits one piece may hold."""
 
 
 class Piece(NamedTuple):
@@ -128,36 +123,3 @@ def _common_factor(upstream: Tensor, scale: Sequence[float]) -> Tensor:
             "pass the factors that the loss really uses, or scale=None"
         )
     return common
-
-
-def head_pieces(term: int, state: int, head: Callable[[], Tensor], targets: Tensor) -> Iterator[Piece]:
-    """Cross-entropy of states under the output head, cut so that no piece holds too many logits.
-
-    Args:
-        term: the sum the pieces belong to.
-        state: which of the states handed to :func:`immediate_sums`, (n, D), the head reads.
-        head: ``head() -> (V, D)``.
-        targets: (n,) int64.
-    """
-    at_once = max(1, LOGITS_AT_ONCE // head().shape[0])
-    for start in range(0, len(targets), at_once):
-        chosen = slice(start, start + at_once)
-
-        def value(*states: Tensor, chosen: slice = chosen) -> Tensor:
-            return cross_entropy_sum(F.linear(states[state][chosen], head()), targets[chosen])
-
-        yield Piece(term, value)
-
-
-def head_cross_entropy(states: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-    """``sum of -log softmax(W s)[target]`` without ever holding the logits of all (n, D) states.
-
-    Args:
-        states: (n, D).
-        head_weight: (V, D).
-        targets: (n,) int64.
-    """
-    if states.shape[0] * head_weight.shape[0] <= LOGITS_AT_ONCE:
-        return cross_entropy_sum(F.linear(states, head_weight), targets)
-    pieces = list(head_pieces(0, 0, lambda: head_weight, targets))
-    return immediate_sums(pieces, 1, [states], [head_weight])[0]

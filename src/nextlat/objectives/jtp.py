@@ -18,8 +18,9 @@ from nextlat.model.interfaces import CausalLM, LMOutput
 from nextlat.model.trunk import Transformer
 from nextlat.objectives.base import Objective, Term, check_horizon, check_weight
 from nextlat.objectives.fetch import MAX_HEADS, Fetch, windows
-from nextlat.objectives.immediate import head_pieces, immediate_sums
+from nextlat.objectives.immediate import Piece, immediate_sums
 from nextlat.objectives.positions import counted, token_positions
+from nextlat.objectives.token_losses import token_losses
 
 
 class JTPOptions(options.Options):
@@ -97,12 +98,16 @@ class JTP(Objective):
         embeddings = F.embedding(batch.tokens, self.model.embedding_weight)
         fetched = self.fetch(hidden, windows(embeddings, len(chosen)))  # (B, T, d + 1, D)
         states = [fetched[:, : mask.shape[1], step][mask] for step, mask in enumerate(chosen.values())]
-        targets = [batch.targets[:, step:][mask] for step, mask in enumerate(chosen.values())]
+
+        def piece(step: int, mask: Tensor) -> Piece:
+            targets = batch.targets[:, step:][mask]
+            return Piece(step, lambda *states: token_losses(states[step], self.model.head_weight, targets)[0])
+
         sums = immediate_sums(
-            [piece for step, asked in enumerate(targets) for piece in head_pieces(step, step, self._head, asked)],
+            [piece(step, mask) for step, mask in enumerate(chosen.values())],
             len(chosen),
             states,
-            [self._head()],
+            [self.model.head_weight],
             None if scale is None else [float(scale[name]) for name in chosen],
         )
         return {
@@ -114,9 +119,6 @@ class JTP(Objective):
         """Positions that each active term sums over: ``ce``, then ``jtp_i`` (B, T - i)."""
         steps = range(1, self.horizon + 1 if self.weight else 1)
         return {"ce": counted(batch)} | {f"jtp_{step}": token_positions(batch, step) for step in steps}
-
-    def _head(self) -> Tensor:
-        return self.model.head_weight
 
     def term_weight(self, name: str) -> float:
         """1 for ``ce``, lambda_MTP / d for a further step."""

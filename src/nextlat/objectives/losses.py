@@ -1,4 +1,4 @@
-"""Token losses in fp32 or wider: cross-entropy, KL to a teacher, SmoothL1. Sums, never means."""
+"""Losses in fp32 or wider: cross-entropy, KL and total variation to a teacher, SmoothL1. Sums, never means."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def kl_sum(teacher: Tensor, student: Tensor) -> Tensor:
         student: (n, V) logits.
     """
     return F.kl_div(F.log_softmax(wide(student), -1), teacher, reduction="sum", log_target=True)
+
+
+def total_variation_sum(teacher: Tensor, student: Tensor) -> Tensor:
+    """``sum of |softmax(teacher) - softmax(student)| / 2``; arguments as for :func:`kl_sum`."""
+    return (teacher.exp() - F.softmax(wide(student), -1)).abs().sum() / 2
 
 
 def smooth_l1_sum(predicted: Tensor, target: Tensor) -> Tensor:

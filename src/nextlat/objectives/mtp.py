@@ -15,11 +15,12 @@ from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model.cache import Cache
 from nextlat.model.interfaces import LMOutput
-from nextlat.model.trunk import Block, Context, RMSNorm, Transformer, init_normal
+from nextlat.model.norm import RMSNorm
+from nextlat.model.trunk import Block, Context, Transformer, init_normal
 from nextlat.objectives.base import Objective, Term, check_horizon, check_weight
-from nextlat.objectives.immediate import Piece, head_cross_entropy, immediate_sums
-from nextlat.objectives.losses import cross_entropy_sum
+from nextlat.objectives.immediate import Piece, immediate_sums
 from nextlat.objectives.positions import counted, token_positions
+from nextlat.objectives.token_losses import token_losses
 
 
 class Head(nn.Module):
@@ -120,15 +121,15 @@ class MTP(Objective):
         shared = self.shared_states(batch.tokens, context)
         if len(chosen) == 1:
             hidden = self.plain_head(shared, context)[chosen["ce"]]
-            total = cross_entropy_sum(F.linear(hidden, self.trunk.head_weight), batch.targets[chosen["ce"]])
-            return {"ce": Term(total, chosen["ce"].sum(), 1.0)}
+            (ce,) = token_losses(hidden, self.trunk.head_weight, batch.targets[chosen["ce"]])
+            return {"ce": Term(ce, chosen["ce"].sum(), 1.0)}
 
         last = self.trunk.layers[len(self.trunk.layers) - 1]
 
         def piece(step: int, mask: Tensor) -> Piece:
             def value(z: Tensor) -> Tensor:
                 state = self.head_states(step, z, context)[:, : mask.shape[1]][mask]  # (#C_i, D)
-                return head_cross_entropy(state, self.trunk.head_weight, batch.targets[:, step:][mask])
+                return token_losses(state, self.trunk.head_weight, batch.targets[:, step:][mask])[0]
 
             return Piece(step, value)
 

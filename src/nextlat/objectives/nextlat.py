@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -16,9 +17,10 @@ from nextlat.errors import NextLatError
 from nextlat.model.interfaces import LMOutput
 from nextlat.model.trunk import Transformer
 from nextlat.objectives.base import Objective, StateModel, Term, check_horizon, check_weight
-from nextlat.objectives.dynamics import LatentDynamics
-from nextlat.objectives.losses import cross_entropy_sum, kl_sum, smooth_l1_sum, wide
+from nextlat.objectives.dynamics import find_dynamics
+from nextlat.objectives.losses import smooth_l1_sum
 from nextlat.objectives.positions import counted, token_positions, transitions
+from nextlat.objectives.token_losses import Kind, plain_token_losses, token_losses
 
 Dynamics = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,6 +57,7 @@ def nextlat_sums(
     latent: bool = True,
     kl: bool = True,
     aux_ce: bool = False,
+    tv: bool = False,
     detach_source: bool = False,
     detach_embeddings: bool = False,
     stop_target: bool = True,
@@ -78,6 +81,7 @@ def nextlat_sums(
         latent: make ``latent_i``, SmoothL1 to the stopped target state, summed over features.
         kl: make ``kl_i``, KL from the model's own next-token distribution to that of the predicted state.
         aux_ce: make ``aux_ce_i``, cross-entropy of the predicted state on the true token (not in the paper).
+        tv: make ``tv_i``, total variation between the two distributions (not in the paper).
         detach_source: cut the gradient into the trunk; for fitting a drafter on a frozen model.
         detach_embeddings: cut the gradient into the embedding table; likewise.
         stop_target: ablation when false: the target state is live.
@@ -87,14 +91,18 @@ def nextlat_sums(
         ``{"ce", "latent_1" ..., "kl_1" ...}: (sum, count)``.
     """
     rows, length, width = hidden.shape
+    if batch.documents is not None:
+        # A rollout over padding is left out of every sum, but NaN times a gradient of zero would not be zero.
+        hidden = hidden.masked_fill((batch.documents < 0)[..., None], 0)
     mask = counted(batch)
-    logits = F.linear(hidden[mask], head_weight)  # (#C_0, V)
-    sums = {"ce": (cross_entropy_sum(logits, batch.targets[mask]), mask.sum())}
-    teacher = F.log_softmax(wide(logits.detach()), -1) if kl else None
-    head = head_weight.detach() if stop_head else head_weight
+    head = partial(plain_token_losses, live_head=True) if not stop_head else token_losses
+    asked: dict[Kind, bool] = {"kl": kl, "aux_ce": aux_ce, "tv": tv}
+    kinds = [kind for kind, wanted in asked.items() if wanted]
     source = hidden.detach() if detach_source else hidden
     embeddings = F.embedding(batch.tokens, embedding_weight.detach() if detach_embeddings else embedding_weight)
     target = hidden.detach() if stop_target else hidden
+    latents: list[tuple[Tensor, Tensor]] = []
+    students: list[tuple[Tensor, Tensor]] = []
     for step, state in enumerate(roll(dynamics, source, embeddings, horizon), start=1):
         if latent:
             allowed = transitions(batch.documents, step, rows, length, hidden.device)
@@ -102,16 +110,19 @@ def nextlat_sums(
                 value = smooth_l1_sum(state, target[:, step:])
             else:
                 value = smooth_l1_sum(state[allowed], target[:, step:][allowed])
-            sums[f"latent_{step}"] = (value, allowed.sum() * width)
-        if kl or aux_ce:
-            chosen = token_positions(batch, step)
-            student = F.linear(state[chosen], head)  # (#C_i, V)
-            if teacher is not None:
-                taught = F.pad(chosen, (length - chosen.shape[1], 0))[mask]  # which of C_0 are reached
-                sums[f"kl_{step}"] = (kl_sum(teacher[taught], student), chosen.sum())
-            if aux_ce:
-                asked = batch.targets[:, step:][chosen]
-                sums[f"aux_ce_{step}"] = (cross_entropy_sum(student, asked), chosen.sum())
+            latents.append((value, allowed.sum() * width))
+        if kinds:
+            # The guess made at t is put beside the state it guesses, at t + step.
+            before = length - state.shape[1]
+            reached = F.pad(token_positions(batch, step), (before, 0))[mask]
+            students.append((F.pad(state, (0, 0, before, 0))[mask], reached))  # (#C_0, D), (#C_0,)
+    values = iter(head(hidden[mask], head_weight, batch.targets[mask], students, kinds).unbind())
+    sums = {"ce": (next(values), mask.sum())}
+    for step in range(1, horizon + 1):
+        if latent:
+            sums[f"latent_{step}"] = latents[step - 1]
+        for kind in kinds:
+            sums[f"{kind}_{step}"] = (next(values), students[step - 1][1].sum())
     return sums
 
 
@@ -119,7 +130,7 @@ class DynamicsOptions(options.Options):
     """The latent dynamics network."""
 
     hidden_dim: int = Field(ge=1)
-    kind: Literal["mlp"] = "mlp"
+    kind: Literal["mlp", "normalised", "gru"] = "mlp"
     zero_init_output: bool = False
 
 
@@ -130,6 +141,7 @@ class NextLatOptions(options.Options):
     latent_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     kl_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     ce_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    tv_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
     dynamics: DynamicsOptions
     detach_source: bool = False
     detach_embeddings: bool = False
@@ -145,8 +157,10 @@ class NextLat(Objective):
         horizon: rollout steps d >= 1.
         latent_weight: lambda_h, weight of the SmoothL1 terms together.
         kl_weight: lambda_KL, weight of the KL terms together.
-        ce_weight: weight of a cross-entropy of the predicted states; 0 in the method.
-        dynamics: the latent dynamics, or its hidden width.
+        ce_weight: weight of a cross-entropy of the predicted states; an experiment, 0 in the method.
+        tv_weight: weight of a total variation to the model's own law; likewise.
+        dynamics: the latent dynamics, or the hidden width of one.
+        kind: which one to make of that width; see :data:`DYNAMICS`.
         zero_init_output: start the dynamics as the identity on the state.
         detach_source, detach_embeddings, stop_target, stop_head: see :func:`nextlat_sums`.
         generator: source of the initial weights of the dynamics.
@@ -170,11 +184,15 @@ class NextLat(Objective):
         """The trunk and a latent dynamics network beside it."""
         if not isinstance(options, NextLatOptions):
             raise TypeError(f"NextLatOptions expected, {type(options).__name__} given")
-        settings = options.model_dump(exclude={"dynamics"})
-        dynamics = LatentDynamics(
-            trunk.width, options.dynamics.hidden_dim, options.dynamics.zero_init_output, generator
+        network = options.dynamics
+        return cls(
+            trunk,
+            dynamics=network.hidden_dim,
+            kind=network.kind,
+            zero_init_output=network.zero_init_output,
+            generator=generator,
+            **options.model_dump(exclude={"dynamics"}),
         )
-        return cls(trunk, dynamics=dynamics, **settings)
 
     def __init__(
         self,
@@ -183,7 +201,9 @@ class NextLat(Objective):
         latent_weight: float = 1.0,
         kl_weight: float = 1.0,
         ce_weight: float = 0.0,
+        tv_weight: float = 0.0,
         dynamics: nn.Module | int | None = None,
+        kind: str = "mlp",
         zero_init_output: bool = False,
         detach_source: bool = False,
         detach_embeddings: bool = False,
@@ -197,14 +217,16 @@ class NextLat(Objective):
             "latent": check_weight("latent_weight", latent_weight),
             "kl": check_weight("kl_weight", kl_weight),
             "aux_ce": check_weight("ce_weight", ce_weight),
+            "tv": check_weight("tv_weight", tv_weight),
         }
         if not any(self.weights.values()):
             raise NextLatError(
-                "latent_weight, kl_weight and ce_weight are all 0; set one above 0, or use the gpt objective"
+                "latent_weight, kl_weight, ce_weight and tv_weight are all 0; set one above 0, or use the gpt objective"
             )
         width = self.model.embedding_weight.shape[1]
         if not isinstance(dynamics, nn.Module):
-            dynamics = LatentDynamics(width, width if dynamics is None else dynamics, zero_init_output, generator)
+            hidden_dim = width if dynamics is None else dynamics
+            dynamics = find_dynamics(kind)(width, hidden_dim, zero_init_output, generator)
         self.dynamics = dynamics
         self.options = {
             "detach_source": detach_source,
@@ -214,7 +236,7 @@ class NextLat(Objective):
         }
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Counts of ``ce`` and of every active ``latent_i`` (transitions times D), ``kl_i`` and ``aux_ce_i``."""
+        """Counts of ``ce`` and of every active ``latent_i`` (transitions times D), ``kl_i``, ``aux_ce_i``, ``tv_i``."""
         rows, length = batch.tokens.shape
         width = self.model.embedding_weight.shape[1]
         counts = {"ce": counted(batch).sum()}
@@ -222,7 +244,7 @@ class NextLat(Objective):
             if self.weights["latent"]:
                 allowed = transitions(batch.documents, step, rows, length, batch.tokens.device)
                 counts[f"latent_{step}"] = allowed.sum() * width
-            for kind in ("kl", "aux_ce"):
+            for kind in ("kl", "aux_ce", "tv"):
                 if self.weights[kind]:
                     counts[f"{kind}_{step}"] = token_positions(batch, step).sum()
         return counts

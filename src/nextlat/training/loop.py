@@ -20,6 +20,7 @@ from nextlat.config import Config
 from nextlat.errors import NextLatError
 from nextlat.evaluation import Subject
 from nextlat.evaluation.accuracy import accuracy
+from nextlat.evaluation.health import collapse, health
 from nextlat.files import write_text
 from nextlat.objectives import Objective, total_loss
 from nextlat.statistics import Metric
@@ -34,6 +35,7 @@ from nextlat.training.checkpoint import (
     save_checkpoint,
 )
 from nextlat.training.checkpoint import discard as discard_checkpoint
+from nextlat.training.gradients import gradient_health, group_of
 from nextlat.training.optimizers import learning_rate, make_optimizer
 from nextlat.training.progress import Progress
 from nextlat.training.run import RunDirectory
@@ -153,6 +155,13 @@ def train(
                 headline = float(next(iter(metrics.values())).value)
                 improved = headline > best
                 best, best_step = (headline, step) if improved else (best, best_step)
+                if config.evaluation.health:
+                    figures = health(subject(config, built, device, config.evaluation.examples))
+                    row |= {f"health.{name}": metric.value for name, metric in figures.items()}
+                    with autocast:
+                        pulls = gradient_health(objective, batches[0])
+                    row |= {f"health.{name}": value for name, value in pulls.items()}
+                    progress.warn(collapse(figures))
             row["seconds"] = time.monotonic() - began
             for tracker in trackers:
                 tracker.log(row)
@@ -211,9 +220,8 @@ def summarize(
     total = sum(parts.values())
     groups: dict[str, list[float]] = {}
     for name, mean in means.items():
-        kind, _, number = name.rpartition("_")
-        if kind and number.isdigit():
-            groups.setdefault(kind, []).append(mean)
+        if group_of(name) != name:
+            groups.setdefault(group_of(name), []).append(mean)
     row = {"loss": means.get("ce", next(iter(means.values())))}
     row |= means
     row |= {kind: sum(values) / horizon for kind, values in groups.items()}

@@ -63,6 +63,12 @@ class Progress:
         self.console.print(line, markup=False)
         self.run.log(line)
 
+    def warn(self, message: str | None) -> None:
+        """Print and log a warning, if there is one."""
+        if message is not None:
+            self.console.print(message, markup=False)
+            self.run.log(message)
+
     def line(self, step: int, row: Mapping[str, Any], left: float) -> str:
         """``step 100/4000  ce 0.1832 (45 %)  latent 0.0301 (8 %)  lr 2.0e-03  norm 0.51  21k tok/s  ETA 5:10``."""
         shares: dict[str, float] = {}

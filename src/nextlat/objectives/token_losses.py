@@ -1,0 +1,228 @@
+"""All losses that read the output head, in one pass over blocks of positions.
+
+The logits of the true states give the cross-entropy and, as they are, the teacher of every rollout step.
+Gradients are made on the way, so that no (positions, V) tensor outlives its block and memory does not grow with
+the horizon. A position costs three products with the head for the cross-entropy (logits, gradient of the state,
+gradient of the head) and two for each step (logits, gradient of the state), since the head is frozen there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nextlat.objectives.losses import cross_entropy_sum, kl_sum, total_variation_sum, wide
+
+Kind = Literal["kl", "aux_ce", "tv"]
+
+BLOCK_BYTES = {"cpu": 25 * 2**20, "cuda": 2**28}
+"""Size of one block of logits: small enough for the caches of a CPU, large enough to fill a GPU."""
+LEAST_ROWS = 64
+"""Products with fewer rows are slow, and so is adding up a head gradient after every few rows."""
+PLAIN_LOGITS = 2**18
+"""Up to so many logits ordinary differentiation is faster, and what it holds is small."""
+
+
+STRIP = 1024
+"""Logits of a CPU are made for so many tokens at a time: a third faster than one wide product."""
+UNDERFLOW = 1e-30
+"""Probabilities below it have lost digits, or are 0."""
+
+
+def rows_per_block(vocab_size: int, element_bytes: int, device: str) -> int:
+    """Positions whose logits fill a block."""
+    fitting = BLOCK_BYTES.get(device, 2**27) // (vocab_size * element_bytes)
+    return max(LEAST_ROWS, fitting // 32 * 32)
+
+
+def token_losses(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    students: Sequence[tuple[Tensor, Tensor]] = (),
+    kinds: Sequence[Kind] = ("kl",),
+    block: int | None = None,
+) -> Tensor:
+    """Sums of the cross-entropy of the states and of the losses of predicted states.
+
+    With logits ``a = W h`` and ``b = sg[W] s`` of a state and a prediction of it, ``p = sg[softmax(a)]`` and
+    ``q = softmax(b)``: ``kl`` is ``KL(p || q)``, ``aux_ce`` is ``-log q[target]`` and ``tv`` the total variation
+    ``sum |p - q| / 2``, one minus the probability that a draft from q is accepted.
+
+    Args:
+        hidden: (N, D) states at the positions that count; live in the cross-entropy only.
+        head_weight: (V, D); live in the cross-entropy only.
+        targets: (N,) int64.
+        students: for each step the (N, D) predictions of the states and (N,) bool, where there is one. What the
+            predictions hold elsewhere does not matter and gets no gradient.
+        kinds: which losses of the predictions to make.
+        block: positions a block. By default chosen from V, or none at all if the logits are few. The result does
+            not depend on it.
+
+    Returns:
+        (1 + steps * kinds,) sums in nats, fp32 or wider: the cross-entropy, then the kinds of step 1, of step 2 ...
+    """
+    if block is None and len(hidden) * len(head_weight) <= PLAIN_LOGITS:
+        return plain_token_losses(hidden, head_weight, targets, students, kinds)
+    sums: Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]
+        torch.is_grad_enabled(),
+        targets,
+        [reached for _, reached in students],
+        kinds,
+        block,
+        hidden,
+        head_weight,
+        *(predicted for predicted, _ in students),
+    )
+    return sums
+
+
+def plain_token_losses(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    students: Sequence[tuple[Tensor, Tensor]] = (),
+    kinds: Sequence[Kind] = ("kl",),
+    live_head: bool = False,
+) -> Tensor:
+    """The sums of :func:`token_losses` by ordinary differentiation, with all logits held at once.
+
+    With ``live_head`` the losses of the predictions train the head too, which is an ablation.
+    """
+    logits = F.linear(hidden, head_weight)  # (N, V)
+    sums = [cross_entropy_sum(logits, targets)]
+    teacher = F.log_softmax(wide(logits.detach()), -1)
+    head = head_weight if live_head else head_weight.detach()
+    for predicted, reached in students:
+        student, known = F.linear(predicted[reached], head), teacher[reached]
+        for kind in kinds:
+            if kind == "aux_ce":
+                sums.append(cross_entropy_sum(student, targets[reached]))
+            else:
+                sums.append({"kl": kl_sum, "tv": total_variation_sum}[kind](known, student))
+    return torch.stack(sums)
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recording: bool,
+        targets: Tensor,
+        reached: Sequence[Tensor],
+        kinds: Sequence[Kind],
+        block: int | None,
+        hidden: Tensor,
+        head_weight: Tensor,
+        *predicted: Tensor,
+    ) -> Tensor:
+        device = hidden.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        weight = head_weight if low is None else head_weight.to(low)
+        full = torch.promote_types(hidden.dtype, torch.float32)
+        n, vocab = len(hidden), len(weight)
+        rows = min(block or rows_per_block(vocab, full.itemsize, device), max(n, 1))
+        # Gradients of the sums: of the state, of the head, and of every prediction for each kind.
+        live = [recording and needed for needed in ctx.needs_input_grad[5:]]
+        d_hidden = torch.empty_like(hidden) if live[0] else None
+        d_weight = torch.zeros_like(head_weight, dtype=full) if live[1] else None
+        d_predicted = [
+            torch.empty_like(s) if needed else None
+            for s, needed in zip(predicted, live[2:], strict=True)
+            for _ in kinds
+        ]
+        logits, teacher, student = (
+            hidden.new_empty(rows if used else 0, vocab, dtype=full) for used in (1, 1, len(predicted))
+        )
+        sums = hidden.new_zeros(1 + len(d_predicted), dtype=full)
+        for start in range(0, n, rows):
+            part = slice(start, start + rows)
+            y, h = targets[part], hidden[part]
+            a, p = logits[: len(h)], teacher[: len(h)]
+            log_total, a_y = _softmax(h, weight, y, a, p)
+            sums[0] += (log_total - a_y).sum()
+            if any(live):
+                expected = _times(p, weight)  # (n, D) the head's row, on average over p
+            if d_hidden is not None:
+                d_hidden[part] = expected - head_weight[y]
+            if d_weight is not None:
+                d_weight.addmm_(p.T, h.to(full)).index_add_(0, y, h.to(full), alpha=-1)
+            if not predicted:
+                continue
+            negative_entropy = torch.linalg.vecdot(p, a) - log_total
+            for step, (s, here) in enumerate(zip(predicted, reached, strict=True)):
+                b, q = logits[: len(h)], student[: len(h)]
+                log_sum, b_y = _softmax(s[part], weight, y, b, q)
+                outside = ~here[part]
+                for number, kind in enumerate(kinds, start=step * len(kinds)):
+                    if kind == "kl":
+                        value = negative_entropy - torch.linalg.vecdot(p, b) + log_sum
+                    elif kind == "aux_ce":
+                        value = log_sum - b_y
+                    else:
+                        more = torch.sub(q, p)
+                        value = torch.linalg.vector_norm(more, 1, -1) / 2
+                    sums[1 + number] += value.masked_fill(outside, 0).sum()
+                    d_state = d_predicted[number]
+                    if d_state is None:
+                        continue
+                    if kind == "kl":
+                        made = _times(q, weight) - expected
+                    elif kind == "aux_ce":
+                        made = _times(q, weight) - weight[y]
+                    else:
+                        side = more.sign_()
+                        made = _times(side.sub_(torch.linalg.vecdot(q, side)[:, None]).mul_(q).div_(2), weight)
+                    d_state[part] = made.masked_fill_(outside[:, None], 0)
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(head_weight.dtype), *d_predicted)
+        ctx.kinds = len(kinds)
+        return sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight, *d_predicted = ctx.saved_tensors
+
+        def scaled(gradients: Sequence[Tensor | None], factors: Tensor) -> Tensor | None:
+            made = [g * f.to(g.dtype) for g, f in zip(gradients, factors, strict=True) if g is not None]
+            return sum(made[1:], start=made[0]) if made else None
+
+        steps = [slice(i, i + ctx.kinds) for i in range(0, len(d_predicted), max(ctx.kinds, 1))]
+        ce = upstream[:1]
+        return (
+            *(None,) * 5,
+            scaled([d_hidden], ce),
+            scaled([d_weight], ce),
+            *(scaled(d_predicted[step], upstream[1:][step]) for step in steps),
+        )
+
+
+def _softmax(
+    states: Tensor, weight: Tensor, targets: Tensor, logits: Tensor, probabilities: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fill logits and probabilities (n, V) of (n, D) states; return ``logsumexp`` (n,) and the targets' logits (n,).
+
+    The former is read off one entry whose probability is known, instead of one more pass over all of them.
+    """
+    if logits.device.type == "cpu" and logits.dtype == weight.dtype == states.dtype:
+        for start in range(0, len(weight), STRIP):
+            torch.mm(states, weight[start : start + STRIP].T, out=logits[:, start : start + STRIP])
+    else:
+        logits.copy_(states.to(weight.dtype) @ weight.T)
+    torch.softmax(logits, -1, out=probabilities)
+    at_target = logits.gather(1, targets[:, None])[:, 0]
+    probability = probabilities.gather(1, targets[:, None])[:, 0]
+    log_total = at_target - probability.log()
+    unlikely = probability < UNDERFLOW
+    if unlikely.any():
+        log_total[unlikely] = torch.logsumexp(logits[unlikely], -1)
+    return log_total, at_target
+
+
+def _times(rows: Tensor, weight: Tensor) -> Tensor:
+    """(n, V) gradients of logits -> (n, D) gradients of states."""
+    return rows.to(weight.dtype) @ weight
