@@ -151,7 +151,7 @@ def test_every_printed_command_builds_models_of_the_published_size(cli: Cli, mon
     for command in commands:
         _, _, name, objective = command.split()
         plain, beside = dry_run(cli, command, monkeypatch)
-        trunk = trunk_parameters(3, 64, 128, 15) if name.endswith("/mini") else trunk_parameters(12, 384, 1024, 105)
+        trunk = trunk_parameters(6, 64, 128, 15) if name.endswith("/mini") else trunk_parameters(12, 384, 1024, 105)
         assert plain == trunk, command
         assert (beside == 0) == (objective == "objective=gpt"), command
         totals[name, objective.removeprefix("objective=")] = plain + beside
