@@ -1,0 +1,121 @@
+"""The contracts of loss functions: how they are called and what they must return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nextlat.conformance.cases import Case, halfway
+from nextlat.conformance.claims import ClaimError, Function
+
+Dynamics = Callable[[Tensor, Tensor], Tensor]
+
+
+class Sum(NamedTuple):
+    """One term."""
+
+    value: Tensor
+    """Scalar, with its graph."""
+    number: int
+    """How many elements the sum runs over."""
+
+
+Terms = dict[str, Sum]
+
+
+def step_names(horizon: int, *kinds: str) -> list[str]:
+    """``kind_1 ... kind_d`` of every kind."""
+    return [f"{kind}_{step}" for kind in kinds for step in range(1, horizon + 1)]
+
+
+class Losses:
+    """A NextLat loss behind its contract.
+
+    Args:
+        function: ``function(hidden, embedding_weight, head_weight, tokens, targets, documents, horizon,
+            dynamics) -> {name: (sum, count)}``, called with positional arguments.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+
+    def __call__(self, case: Case, horizon: int, dynamics: Dynamics = halfway) -> Terms:
+        """The terms of a case; the function gets copies of the integer inputs, so that it cannot change them.
+
+        Raises:
+            ClaimError: the function returned something else than the contract asks for.
+        """
+        tokens, targets = case.tokens.clone(), case.targets.clone()
+        documents = None if case.documents is None else case.documents.clone()
+        returned = self.function(case.hidden, case.embedding, case.head, tokens, targets, documents, horizon, dynamics)
+        return read_terms(returned, ["ce", *step_names(horizon, "latent", "kl")])
+
+
+class HeadTerms:
+    """Losses of several tokens ahead behind their contract.
+
+    Args:
+        function: ``function(states, head_weight, targets, documents, horizon) -> {name: (sum, count)}`` with
+            states (d + 1, B, T, D), called with positional arguments.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+
+    def __call__(self, states: Tensor, head_weight: Tensor, targets: Tensor, documents: Tensor | None) -> Terms:
+        """The terms of states, whose first dimension is one longer than the horizon.
+
+        Raises:
+            ClaimError: the function returned something else than the contract asks for.
+        """
+        horizon = len(states) - 1
+        copied = None if documents is None else documents.clone()
+        returned = self.function(states, head_weight, targets.clone(), copied, horizon)
+        return read_terms(returned, ["ce", *step_names(horizon, "mtp")])
+
+
+def read_terms(returned: Any, names: list[str]) -> Terms:
+    """The terms that a function returned.
+
+    Raises:
+        ClaimError: no dictionary, other names, no pairs of a scalar tensor and a whole number.
+    """
+    if not isinstance(returned, Mapping):
+        raise ClaimError(f"returned {_kind(returned)}, expected a dict of name: (sum, count)")
+    lacking = [name for name in names if name not in returned]
+    foreign = [str(name) for name in returned if name not in names]
+    if lacking or foreign:
+        parts = [f"lacks {', '.join(lacking)}"] * bool(lacking) + [f"has unknown {', '.join(foreign)}"] * bool(foreign)
+        raise ClaimError(f"the returned dict {' and '.join(parts)}; expected the names {', '.join(names)}")
+    return {name: _read_term(name, returned[name]) for name in names}
+
+
+def _read_term(name: str, term: Any) -> Sum:
+    if not isinstance(term, tuple | list) or len(term) != 2:
+        raise ClaimError(f"{name} is {_kind(term)}, expected a pair (sum, count)")
+    value, number = term
+    if not isinstance(value, Tensor):
+        raise ClaimError(f"the sum of {name} is {_kind(value)}, expected a scalar tensor")
+    if value.shape != ():
+        raise ClaimError(f"the sum of {name} has shape {tuple(value.shape)}, expected a scalar tensor of shape ()")
+    if not value.is_floating_point():
+        raise ClaimError(f"the sum of {name} is of {value.dtype}, expected a floating-point tensor")
+    if isinstance(number, Tensor) and number.numel() == 1:
+        number = number.item()
+    if not isinstance(number, int | float):
+        raise ClaimError(f"the count of {name} is {_kind(number)}, expected an int or a tensor with one element")
+    if number != number or number in (torch.inf, -torch.inf) or number != int(number):
+        raise ClaimError(f"the count of {name} is {number}, expected a whole number")
+    return Sum(value, int(number))
+
+
+def _kind(thing: Any) -> str:
+    """What a wrong value is, in words."""
+    if isinstance(thing, Tensor):
+        return f"a tensor of shape {tuple(thing.shape)}"
+    if isinstance(thing, tuple | list):
+        return f"a {type(thing).__name__} of {len(thing)}"
+    return "None" if thing is None else f"of type {type(thing).__name__}"
