@@ -137,6 +137,36 @@ def configs(
     configs_command(name, commands)
 
 
+@app.command()
+def conformance(
+    function: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="MODULE:FUNCTION, from this directory or an installed package; default nextlat's own."),
+    ] = None,
+    kind: Annotated[str, typer.Option(help="Contract: losses, dynamics or multi-token.")] = "losses",
+    only: Annotated[Optional[list[str]], typer.Option(help="Run this claim; may be repeated.")] = None,  # noqa: UP045
+    list_claims: Annotated[bool, typer.Option("--list", help="Print the claims, one sentence each; run none.")] = False,
+) -> None:
+    """Hold your own implementation of the NextLat loss to the method, claim by claim; exit code 0 if all hold."""
+    from nextlat.commands import conformance_command
+
+    raise SystemExit(conformance_command(function, kind, only or [], list_claims))
+
+
+@app.command()
+def bench(
+    suites: Annotated[Optional[list[str]], typer.Argument(help="loss, attention, train; default all three.")] = None,  # noqa: UP045
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions: five minutes for all three.")] = False,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")] = None,  # noqa: UP045
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; with 1, processor time is compared.")] = 1,
+    tiny: Annotated[bool, typer.Option("--tiny", hidden=True)] = False,
+) -> None:
+    """Measure speed and memory as ratios of interleaved arms, beside their targets."""
+    from nextlat.commands import bench_command
+
+    bench_command(suites or [], "tiny" if tiny else "quick" if quick else "full", json_file, threads)
+
+
 def main() -> None:
     """Run the command; errors a user can act on are printed without a traceback."""
     try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
+from nextlat.bench import Effort, Result
 from nextlat.config import Config, expand, header, load_config, packaged, read_config, resolve
 from nextlat.errors import NextLatError
 from nextlat.statistics import Metric
@@ -248,3 +250,55 @@ def configs_command(name: str | None, commands: bool) -> None:
                 print(f"nextlat train {label} objective={objective}")
         else:
             print(f"{label}\n" + "\n".join(f"    {line}" for line in header(text).splitlines()))
+
+
+def conformance_command(target: str | None, kind: str, only: Sequence[str], list_claims: bool) -> int:
+    """Print what became of each claim; returns 1 if one fails."""
+    from nextlat.conformance import check, find_claims, find_kind, load_function
+    from nextlat.conformance.loading import current_directory_first
+
+    claims = find_claims(kind, only)
+    width = max(len(claim.name) for claim in claims)
+    if list_claims:
+        print(f"FUNCTION{find_kind(kind).signature}")
+        for claim in claims:
+            print(f"{claim.name:<{width}}  {claim.sentence}")
+        return 0
+    target = target or find_kind(kind).own
+    with current_directory_first():
+        verdicts = check(load_function(target), kind, only)
+    for verdict in verdicts:
+        print(f"holds  {verdict.name}" if verdict.holds else f"FAILS  {verdict.name:<{width}}  {verdict.reason}")
+    held = sum(verdict.holds for verdict in verdicts)
+    print(f"{held} of {len(verdicts)} claims about {kind} hold for {target}")
+    return 0 if held == len(verdicts) else 1
+
+
+def bench_command(suites: Sequence[str], effort: Effort, json_file: Path | None, threads: int) -> None:
+    """Measure, print a table for each suite, and write all figures if asked to."""
+    import torch
+
+    from nextlat.bench import SUITES, find_suite
+    from nextlat.bench.results import WIDTH, described, machine, notes, table
+    from nextlat.files import write_json
+
+    chosen = {name: find_suite(name) for name in suites or SUITES}
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise NextLatError(f"--json {json_file}: its folder does not exist; make {json_file.absolute().parent} first")
+    torch.set_num_threads(threads)
+    setting = {**machine(), "effort": effort}
+    print(described(setting), flush=True)
+    console = Console(width=WIDTH)
+    found: dict[str, list[Result]] = {name: [] for name in chosen}
+    for name, run in chosen.items():
+        for _, together in groupby(run(effort), lambda result: result.setting):
+            part = list(together)
+            found[name] += part
+            console.print(table(part))
+        for line in notes(found[name]):
+            print(f"  {line}")
+        print(flush=True)
+    if json_file is not None:
+        results = {name: [result.plain() for result in part] for name, part in found.items()}
+        write_json(json_file, {"machine": setting, "results": results})
+        print(f"wrote {json_file}")

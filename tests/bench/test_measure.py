@@ -1,0 +1,92 @@
+"""Measuring: order of the arms, ratios of medians, and memory that is known beforehand."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from nextlat.bench.measure import Timing, compare, interleave, peak_memory
+from nextlat.bench.results import Result, notes, number
+
+MEGABYTE = 2**20
+
+
+def test_arms_run_in_turn_and_the_warm_up_is_not_timed() -> None:
+    order: list[str] = []
+    found = interleave({name: lambda name=name: order.append(name) for name in "ABC"}, repetitions=2, warmup=1)
+    assert "".join(order) == "ABCABCABC"
+    assert list(found) == ["A", "B", "C"]
+    assert all(len(times) == 2 for timing in found.values() for times in timing)
+
+
+def test_the_collector_rests_while_arms_run_and_works_again_afterwards() -> None:
+    enabled: list[bool] = []
+    interleave({"arm": lambda: enabled.append(gc.isenabled())}, repetitions=2)
+    assert enabled == [False, False, False]
+    assert gc.isenabled()
+
+
+def test_the_collector_works_again_after_an_arm_has_failed() -> None:
+    def fail() -> None:
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        interleave({"arm": fail}, repetitions=1)
+    assert gc.isenabled()
+
+
+def test_a_ratio_is_that_of_medians_of_processor_time_on_one_thread() -> None:
+    slow, fast = Timing((6.0, 9.0, 30.0), (1.0, 1.0, 1.0)), Timing((3.0, 2.0, 4.0), (4.0, 2.0, 1.0))
+    ratio = compare(slow, fast)
+    assert ratio.value == 3.0  # 9 / 3; the mean of the ratios would be 4.67
+    assert ratio.wall == 0.5
+    assert (ratio.low, ratio.high) == (3.25, 6.0)  # of 2, 4.5 and 7.5
+
+
+def test_a_ratio_is_that_of_wall_time_on_several_threads() -> None:
+    torch.set_num_threads(2)
+    assert compare(Timing((8.0,), (3.0,)), Timing((1.0,), (2.0,))).value == 1.5
+
+
+def test_peak_memory_finds_a_known_allocation_and_forgets_what_was_freed() -> None:
+    def call() -> torch.Tensor:
+        first = torch.ones(40 * MEGABYTE // 4)
+        first = first[:1].clone()  # frees 40 MB
+        second = torch.ones(60 * MEGABYTE // 4)
+        third = torch.ones(10 * MEGABYTE // 4)
+        return second[:1] + third[:1] + first
+
+    before = torch.ones(30 * MEGABYTE // 4)
+    peak = peak_memory(call)
+    assert 70 * MEGABYTE <= peak.tensors < 70 * MEGABYTE + 10_000
+    if peak.resident is not None:
+        assert 60 * MEGABYTE < peak.resident < 90 * MEGABYTE
+    assert before.numel()
+
+
+def test_an_inplace_operation_costs_no_memory() -> None:
+    x = torch.ones(MEGABYTE)
+    assert peak_memory(lambda: x.mul_(2)).tensors < 1000
+
+
+def test_results_know_whether_they_meet_their_target() -> None:
+    assert Result("a", 2.0, 2.0).met is True
+    assert Result("a", 1.9, 2.0).met is False
+    assert Result("a", 1.9, 2.0, at_least=False).met is True
+    assert Result("a", 2.1, 2.0, at_least=False).met is False
+    assert Result("a", None, 2.0).met is None
+    assert Result("a", 2.0).met is None
+    assert Result("a", 1.9, 2.0).plain()["met"] is False
+
+
+def test_notes_come_once_and_numbers_keep_three_digits() -> None:
+    assert notes([Result("a", 1.0, note="x"), Result("a", 2.0, note="x"), Result("b", 1.0)]) == ["x"]
+    assert [number(x) for x in (12_345.678, 2.5, 0.1234, 0.00012, 0.0)] == [
+        "12,345.68",
+        "2.50",
+        "0.123",
+        "1.2e-04",
+        "0",
+    ]
