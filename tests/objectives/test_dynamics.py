@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nextlat.errors import NextLatError
-from nextlat.objectives.dynamics import LatentDynamics
+from nextlat.objectives.dynamics import GatedDynamics, LatentDynamics, NormalisedDynamics, find_dynamics
+from nextlat.objectives.nextlat import NextLat
+from tests.objectives.cases import small_trunk
 from tests.oracles.nextlat import dynamics_reference
+from tests.tiny import run_whole, tiny, weights
 
 
 def by_hand() -> LatentDynamics:
@@ -109,3 +116,79 @@ def test_a_dynamics_without_width_is_refused(hidden_dim: int) -> None:
     # elsewhere a width derived from the model width rounds to 0 and silently trains no dynamics at all
     with pytest.raises(NextLatError, match=f"dynamics.hidden_dim is {hidden_dim}"):
         LatentDynamics(4, hidden_dim)
+
+
+# Experiments
+
+
+def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_normalised_variant_is_the_method_with_a_norm_behind_it() -> None:
+    plain = LatentDynamics(3, 5, generator=torch.Generator().manual_seed(1)).double()
+    normalised = NormalisedDynamics(3, 5, generator=torch.Generator().manual_seed(1)).double()
+    normalised.output_norm.weight.data = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
+    state, embedding = seeded(4, 3), seeded(4, 3, seed=1)
+    raw = plain(state, embedding)
+    expected = raw / (raw.square().mean(-1, keepdim=True) + 1e-5).sqrt() * torch.tensor([1.0, 2.0, -1.0])
+    torch.testing.assert_close(normalised(state, embedding), expected)
+
+
+def test_a_gated_cell_by_the_formula() -> None:
+    cell = GatedDynamics(3, 5, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.normal_(0.3, 1.0, generator=torch.Generator().manual_seed(parameter.numel()))
+    s, e = seeded(3), seeded(3, seed=1)
+
+    def normed(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return gain * x / math.sqrt(float(x.square().mean()) + 1e-5)
+
+    u = normed(torch.cat([e, s]), cell.gate_norm.weight)
+    z, r = (1 / (1 + torch.exp(-(m.weight @ u))) for m in (cell.update, cell.reset))
+    v = normed(torch.cat([e, r * s]), cell.candidate_norm.weight)
+    candidate = cell.layer_2.weight @ F.gelu(cell.layer_1.weight @ v)
+    torch.testing.assert_close(cell(s, e), (1 - z) * s + z * candidate)
+
+
+def test_the_update_gate_keeps_or_replaces_the_state() -> None:
+    cell = GatedDynamics(2, 4, generator=torch.Generator().manual_seed(0)).double()
+    s, e = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([1.0, 0.0], dtype=torch.float64)
+    cell.update.weight.data.fill_(-1e3)  # the normed input has a positive sum
+    assert torch.equal(cell(s, e), s)
+    cell.update.weight.data.fill_(1e3)
+    cell.layer_2.weight.data.zero_()
+    assert not cell(s, e).any()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "normalised", "gru"])
+def test_every_kind_takes_rows_of_states_and_lets_gradients_through(kind: str) -> None:
+    network = find_dynamics(kind)(4, 6, generator=torch.Generator().manual_seed(0)).double()
+    state, embedding = seeded(2, 3, 4).requires_grad_(), seeded(2, 3, 4, seed=1).requires_grad_()
+    out = network(state, embedding)
+    assert out.shape == state.shape
+    torch.testing.assert_close(out[1, 2], network(state[1, 2], embedding[1, 2]))
+    # a sum of squares of normed rows is nearly constant, so weigh the entries
+    loss = (out * seeded(2, 3, 4, seed=2)).sum()
+    for gradient in torch.autograd.grad(loss, [state, embedding, *network.parameters()]):
+        assert (gradient != 0).any()
+
+
+@pytest.mark.parametrize("kind", ["normalised", "gru"])
+def test_a_kind_is_chosen_by_the_configuration_trained_and_saved(kind: str, runs: Path) -> None:
+    path = run_whole(tiny("nextlat", f"objective.dynamics.kind={kind}"), runs)
+    names = {name.rsplit(".", 2)[-2] for name in weights(path) if name.startswith("objective.")}
+    assert names >= ({"output_norm", "layer_3"} if kind == "normalised" else {"update", "reset"})
+
+
+def test_options_that_a_kind_does_not_have_are_refused() -> None:
+    with pytest.raises(NextLatError, match="kind gru is not one"):
+        GatedDynamics(4, 4, zero_init_output=True)
+    with pytest.raises(NextLatError, match="hidden_dim is 0"):
+        GatedDynamics(4, 0)
+    with pytest.raises(NextLatError, match=r"'gur'.*gru"):
+        NextLat(small_trunk(), dynamics=4, kind="gur")
+    start = NormalisedDynamics(3, 4, zero_init_output=True).double()
+    unit = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(start(unit, unit), unit, rtol=1e-4, atol=0)

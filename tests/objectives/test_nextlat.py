@@ -152,7 +152,7 @@ def test_every_term_and_gradient_equals_brute_force(batch: Batch, horizon: int, 
     def dynamics(state: Tensor, e: Tensor) -> Tensor:
         return state + torch.tanh(state @ mix[0] + e @ mix[1])
 
-    terms = core(batch, leaves, horizon, dynamics, aux_ce=True)
+    terms = core(batch, leaves, horizon, dynamics, aux_ce=True, tv=True)
     reference = nextlat_reference(*leaves, as_rows(batch), dynamics, horizon)
     assert terms.keys() == reference.keys()
     assert_equals_reference(terms, reference)
@@ -172,7 +172,7 @@ def test_every_option_has_the_gradients_of_brute_force(option: str, seed: int) -
     chosen = {option: option.startswith("detach")}
     gradient = {}
     for kind, options in (("changed", chosen), ("method", {})):
-        terms = core(batch, leaves, 3, aux_ce=True, **options)
+        terms = core(batch, leaves, 3, aux_ce=True, tv=True, **options)
         reference = nextlat_reference(*leaves, as_rows(batch), halfway, 3, **options)
         assert_equals_reference(terms, reference)
         gradient[kind] = torch.autograd.grad(total_loss(terms), leaves, materialize_grads=True)
@@ -187,7 +187,7 @@ def test_every_option_has_the_gradients_of_brute_force(option: str, seed: int) -
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_whole_objective_equals_brute_force_on_the_states_of_its_trunk(seed: int) -> None:
-    batch, objective = random_batch(seed, 3, 8, VOCABULARY), small_nextlat(horizon=3, seed=seed, ce_weight=0.3)
+    batch, objective = random_batch(seed, 3, 8, VOCABULARY), small_nextlat(horizon=3, seed=seed, ce_weight=0.3, tv_weight=0.2)
     model = objective.model
     terms = objective(batch)
     hidden = model.hidden_states(batch.tokens, batch.documents)
@@ -409,11 +409,11 @@ def test_no_documents_equal_all_zero_documents() -> None:
 
 
 def test_each_step_carries_its_share_of_the_weight() -> None:
-    objective = small_nextlat(horizon=4, latent_weight=2.0, kl_weight=0.1, ce_weight=0.6)
+    objective = small_nextlat(horizon=4, latent_weight=2.0, kl_weight=0.1, ce_weight=0.6, tv_weight=2.4)
     weights = {name: term.weight for name, term in objective(random_batch(0, 2, 8, VOCABULARY)).items()}
     expected = {"ce": 1.0}
     for step in range(1, 5):
-        expected |= {f"latent_{step}": 0.5, f"kl_{step}": 0.025, f"aux_ce_{step}": 0.15}
+        expected |= {f"latent_{step}": 0.5, f"kl_{step}": 0.025, f"aux_ce_{step}": 0.15, f"tv_{step}": 0.6}
     assert weights == pytest.approx(expected)
 
 
@@ -437,7 +437,8 @@ def test_a_step_without_positions_leaves_the_share_of_the_others() -> None:
         ({"kl_weight": 0.0}, {"latent"}),
         ({"latent_weight": 0.0}, {"kl"}),
         ({"latent_weight": 0.0, "kl_weight": 0.0, "ce_weight": 1.0}, {"aux_ce"}),
-        ({"ce_weight": 1.0}, {"latent", "kl", "aux_ce"}),
+        ({"latent_weight": 0.0, "kl_weight": 0.0, "tv_weight": 1.0}, {"tv"}),
+        ({"ce_weight": 1.0, "tv_weight": 1.0}, {"latent", "kl", "aux_ce", "tv"}),
     ],
 )
 def test_a_term_of_weight_zero_is_absent(weights: dict[str, float], kinds: set[str]) -> None:
@@ -471,6 +472,7 @@ def test_a_term_of_weight_zero_cannot_poison_the_total() -> None:
         ({"latent_weight": -1.0}, "latent_weight is -1.0; .*>= 0"),
         ({"kl_weight": float("nan")}, "kl_weight is nan"),
         ({"ce_weight": float("inf")}, "ce_weight is inf"),
+        ({"tv_weight": -0.5}, "tv_weight is -0.5"),
         ({"latent_weight": 0.0, "kl_weight": 0.0}, "are all 0; .* gpt objective"),
         ({"dynamics": 0}, "dynamics.hidden_dim is 0"),
     ],

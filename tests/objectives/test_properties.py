@@ -94,7 +94,7 @@ def brute_force(name: str, objective: Objective, rows: Rows) -> dict[str, Refere
 
     hidden = torch.stack(row_states(model, rows))
     terms = nextlat_reference(hidden, model.embedding_weight, model.head_weight, rows, step, objective.horizon)
-    return {key: term for key, term in terms.items() if not key.startswith("aux_ce")}
+    return {key: term for key, term in terms.items() if not key.startswith(("aux_ce", "tv"))}
 
 
 def gradients(value: Tensor, objective: Objective, may_miss: bool = False) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ def empty_batches() -> dict[str, Batch]:
 @pytest.mark.parametrize("tied", [False, True])
 def test_terms_without_positions_are_exactly_zero_with_zero_gradients(case: str, tied: bool) -> None:
     # a mean over nothing is NaN; a missing gradient stalls data-parallel training
-    objective, batch = small_nextlat(horizon=3, tied=tied, ce_weight=1.0), empty_batches()[case]
+    objective, batch = small_nextlat(horizon=3, tied=tied, ce_weight=1.0, tv_weight=1.0), empty_batches()[case]
     terms, counts = objective(batch), objective.counts(batch)
     assert [*terms] == [*objective(uneven_batch())] == [*counts]
     empty = [name for name, count in counts.items() if int(count) == 0]

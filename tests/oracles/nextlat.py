@@ -90,7 +90,7 @@ def nextlat_reference(
     stop_target: bool = True,
     stop_head: bool = True,
 ) -> dict[str, Reference]:
-    """All terms, ``aux_ce_i`` included, as sums and counts."""
+    """All terms, ``aux_ce_i`` and ``tv_i`` included, as sums and counts."""
     zero = 0.0 * (hidden.sum() + embedding.sum() + head.sum())
     terms: dict[str, Reference] = {}
     total = zero
@@ -100,7 +100,7 @@ def nextlat_reference(
 
     student_head = head.detach() if stop_head else head
     for i in range(1, horizon + 1):
-        latent, kl, aux = zero, zero, zero
+        latent, kl, aux, tv = zero, zero, zero, zero
         allowed, asked = transition_set(rows, i), token_set(rows, i)
         for b, t in allowed:
             state = hidden[b, t].detach() if detach_source else hidden[b, t]
@@ -115,10 +115,12 @@ def nextlat_reference(
                 student = log_probabilities(scores(state, student_head))
                 for p, q in zip(teacher, student, strict=True):
                     kl = kl + torch.exp(p) * (p - q)
+                    tv = tv + torch.abs(torch.exp(p) - torch.exp(q)) / 2
                 aux = aux - student[rows.targets[b][t + i]]
         terms[f"latent_{i}"] = Reference(latent, len(allowed) * hidden.shape[-1])
         terms[f"kl_{i}"] = Reference(kl, len(asked))
         terms[f"aux_ce_{i}"] = Reference(aux, len(asked))
+        terms[f"tv_{i}"] = Reference(tv, len(asked))
     return terms
 
 
