@@ -42,11 +42,14 @@ class TrainingConfig(Options):
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
     clip: float | None = Field(None, gt=0, description="global gradient norm; null is off")
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    muon_scale: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
     evaluate_every: int | None = Field(None, ge=1)
     save: Literal["last", "best", "every"] = "last"
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default evaluate_every")
     precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_activations: bool = Field(False, description="recompute blocks in the backward pass to save memory")
+    compile: bool = Field(False, description="torch.compile the blocks, after a check of their gradients")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     threads: int | None = Field(None, ge=1, description="CPU threads; null leaves it to torch")

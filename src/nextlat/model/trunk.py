@@ -6,11 +6,13 @@ renaming.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nextlat.errors import NextLatError
 from nextlat.model.attention import Layout, attend, document_layout
@@ -75,34 +77,21 @@ class Context(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention with rotary positions."""
+    """Projections of multi-head causal self-attention with rotary positions."""
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
 
+    def queries(self, u: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotated queries, (B, T, n_heads, head_width), of (B, T, D) normed inputs."""
+        return rotate(self.q_proj(u).unflatten(-1, (self.n_heads, -1)), *angles)
+
     def keys_values(self, u: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Rotated keys and values, (B, T, n_heads, head_width) each, of (B, T, D) normed inputs."""
         k, v = (projection(u).unflatten(-1, (self.n_heads, -1)) for projection in (self.k_proj, self.v_proj))
         return rotate(k, *angles), v
-
-    def forward(
-        self,
-        u: Tensor,
-        angles: tuple[Tensor, Tensor],
-        layout: Layout | None,
-        mask: Tensor | None,
-        cache: Cache | None,
-        layer: int,
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        q = rotate(self.q_proj(u).unflatten(-1, (self.n_heads, -1)), *angles)
-        k, v = self.keys_values(u, angles)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-        mixed: Tensor = self.o_proj(attend(q, k, v, layout, mask))
-        return mixed
 
 
 class FeedForward(nn.Module):
@@ -121,7 +110,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block.
+
+    What lies before and after the attention itself are methods of their own: they take tensors only, so that they
+    can be compiled whatever mask, documents or cache the attention uses.
+    """
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
@@ -129,6 +122,17 @@ class Block(nn.Module):
         self.self_attn = Attention(width, n_heads)
         self.post_attention_layernorm = RMSNorm(width)
         self.mlp = FeedForward(width, feed_forward_width(width))
+
+    def project(self, u: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, (B, T, n_heads, head_width) each, of the (B, T, D) stream."""
+        x, angles = self.input_layernorm(u), (cos, sin)
+        return self.self_attn.queries(x, angles), *self.self_attn.keys_values(x, angles)
+
+    def mix(self, u: Tensor, attended: Tensor) -> Tensor:
+        """The stream behind the block, from the (B, T, D) stream before it and what its heads attended to."""
+        u = u + self.self_attn.o_proj(attended)
+        out: Tensor = u + self.mlp(self.post_attention_layernorm(u))
+        return out
 
     def forward(
         self,
@@ -140,9 +144,32 @@ class Block(nn.Module):
         layer: int,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        u = u + self.self_attn(self.input_layernorm(u), angles, layout, mask, cache, layer)
-        out: Tensor = u + self.mlp(self.post_attention_layernorm(u))
-        return out
+        q, k, v = self.project(u, *angles)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        return self.mix(u, attend(q, k, v, layout, mask))
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], u: Tensor, context: Context, recompute: bool, layers: list[Tensor] | None = None
+) -> Tensor:
+    """Pass the (B, T, D) stream through blocks.
+
+    Args:
+        blocks: in order; their numbers in a cache count from 0.
+        u: (B, T, D).
+        context: positions and visibility.
+        recompute: keep only the stream between blocks, and run each block again in the backward pass.
+        layers: a list that receives the stream before each block.
+    """
+    for index, block in enumerate(blocks):
+        if layers is not None:
+            layers.append(u)
+        if recompute and torch.is_grad_enabled():
+            u = checkpoint(block, u, *context, index, use_reentrant=False)
+        else:
+            u = block(u, *context, index)
+    return u
 
 
 class Transformer(nn.Module):
@@ -184,6 +211,7 @@ class Transformer(nn.Module):
                 f"choose a width that is a multiple of {2 * n_heads}"
             )
         self.vocab_size, self.n_heads, self.width = vocab_size, n_heads, width
+        self.checkpoint_activations = False
         self.embed_tokens = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(Block(width, n_heads) for _ in range(n_layers))
         self.norm = RMSNorm(width)
@@ -250,11 +278,7 @@ class Transformer(nn.Module):
             (B, T, D).
         """
         context = self.context(tokens, documents, positions, mask, cache)
-        u = self.embed_tokens(tokens)  # (B, T, D)
-        for index, block in enumerate(self.layers):
-            if layers is not None:
-                layers.append(u)
-            u = block(u, *context, index)
+        u = run_blocks(self.layers, self.embed_tokens(tokens), context, self.checkpoint_activations, layers)
         if layers is not None:
             layers.append(u)
         if cache is not None:

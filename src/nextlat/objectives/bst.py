@@ -15,7 +15,15 @@ from nextlat.errors import NextLatError
 from nextlat.model.cache import Cache
 from nextlat.model.interfaces import LMOutput
 from nextlat.model.norm import RMSNorm
-from nextlat.model.trunk import Block, Context, FeedForward, Transformer, feed_forward_width, init_normal
+from nextlat.model.trunk import (
+    Block,
+    Context,
+    FeedForward,
+    Transformer,
+    feed_forward_width,
+    init_normal,
+    run_blocks,
+)
 from nextlat.objectives.base import Objective, Term
 from nextlat.objectives.immediate import Piece, immediate_sums, zero_sums
 from nextlat.objectives.pairs import Pairs, check_next_token, sample_pairs, suffixes
@@ -32,11 +40,9 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Block(width, n_heads) for _ in range(n_layers))
         self.norm = RMSNorm(width)
 
-    def forward(self, u: Tensor, context: Context) -> Tensor:
+    def forward(self, u: Tensor, context: Context, recompute: bool) -> Tensor:
         """(B, T, D) embeddings -> (B, T, D) states."""
-        for index, block in enumerate(self.layers):
-            u = block(u, *context, index)
-        state: Tensor = self.norm(u)
+        state: Tensor = self.norm(run_blocks(self.layers, u, context, recompute))
         return state
 
 
@@ -220,7 +226,8 @@ class BST(Objective):
 
     def _encode_backward(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         context = self.trunk.context(tokens, documents)
-        states: Tensor = self.networks.backward_encoder(self.trunk.embed_tokens(tokens), context)
+        embeddings, recompute = self.trunk.embed_tokens(tokens), self.trunk.checkpoint_activations
+        states: Tensor = self.networks.backward_encoder(embeddings, context, recompute)
         return states
 
     def auxiliary(self) -> nn.Module:

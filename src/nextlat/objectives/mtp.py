@@ -16,7 +16,7 @@ from nextlat.errors import NextLatError
 from nextlat.model.cache import Cache
 from nextlat.model.interfaces import LMOutput
 from nextlat.model.norm import RMSNorm
-from nextlat.model.trunk import Block, Context, Transformer, init_normal
+from nextlat.model.trunk import Block, Context, Transformer, init_normal, run_blocks
 from nextlat.objectives.base import Objective, Term, check_horizon, check_weight
 from nextlat.objectives.immediate import Piece, immediate_sums
 from nextlat.objectives.positions import counted, token_positions
@@ -152,10 +152,8 @@ class MTP(Objective):
 
     def shared_states(self, tokens: Tensor, context: Context) -> Tensor:
         """(B, T, D) the residual stream that all heads read; no norm."""
-        z: Tensor = self.trunk.embed_tokens(tokens)
-        for index, block in enumerate(list(self.trunk.layers)[:-1]):
-            z = block(z, *context, index)
-        return z
+        shared = list(self.trunk.layers)[:-1]
+        return run_blocks(shared, self.trunk.embed_tokens(tokens), context, self.trunk.checkpoint_activations)
 
     def plain_head(self, shared: Tensor, context: Context) -> Tensor:
         """(B, T, D) head 0: the last block and the final norm of the plain model."""

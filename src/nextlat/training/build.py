@@ -44,6 +44,7 @@ def build(config: Config) -> Built:
     trunk = Transformer(
         task.vocab_size, model.n_layers, model.n_heads, model.width, model.tie_embeddings, stream(config.seed, 0)
     )
+    trunk.checkpoint_activations = config.training.checkpoint_activations
     objective = find_objective(config.objective).build(
         trunk,
         config.selected,

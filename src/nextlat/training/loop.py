@@ -35,11 +35,13 @@ from nextlat.training.checkpoint import (
     save_checkpoint,
 )
 from nextlat.training.checkpoint import discard as discard_checkpoint
+from nextlat.training.compiled import compile_blocks
 from nextlat.training.gradients import gradient_health, group_of
 from nextlat.training.optimizers import learning_rate, make_optimizer
 from nextlat.training.progress import Progress
 from nextlat.training.run import RunDirectory
 from nextlat.training.tracking import open_trackers
+from nextlat.training.utilization import Utilization
 
 
 @dataclass
@@ -115,6 +117,9 @@ def train(
             point_to_best(run.checkpoints, best_step)
     save_every = training.save_every or training.evaluate_every or training.steps
     autocast = torch.autocast(device.type, torch.bfloat16) if training.precision == "bf16" else nullcontext()
+    if training.compile:
+        compile_blocks(objective, micro_batches(task, config, first, device)[0], autocast, training.precision)
+    utilization = Utilization(config, task.vocab_size, task.sequence_length, device)
     trackers = open_trackers(config, run.path, first)
     interruption = Interruption()
     began = time.monotonic() - elapsed
@@ -147,7 +152,8 @@ def train(
 
             evaluated = training.evaluate_every is not None and step % training.evaluate_every == 0
             seconds = max(time.monotonic() - started, 1e-9)
-            row |= {"tokens_per_second": sum(b.tokens.numel() for b in batches) / seconds}
+            row["tokens_per_second"] = sum(b.tokens.numel() for b in batches) / seconds
+            row |= utilization.row(float(row["tokens_per_second"]))
             improved = False
             if evaluated:
                 metrics = accuracy(subject(config, built, device, config.evaluation.examples))

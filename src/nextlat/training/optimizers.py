@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import nn
 
 from nextlat.config import TrainingConfig
+from nextlat.objectives import Objective
+from nextlat.training.muon import Muon, Together, split
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
 
 
-def make_optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW with decoupled decay on every tensor of two or more dimensions and none on the others."""
+def make_optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer | Together:
+    """The configured optimiser of a module's trained parameters.
+
+    ``adamw`` decays every tensor of two or more dimensions and no other. ``muon`` takes an objective, gives its
+    matrices to Muon and the rest to AdamW without decay.
+    """
+    if training.optimizer == "muon":
+        matrices, others = split(cast(Objective, module))
+        return Together(
+            Muon(matrices, training.learning_rate, training.weight_decay, training.muon_scale),
+            _adamw([{"params": others, "weight_decay": 0.0}], training),
+        )
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    return _adamw(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        training,
+    )
+
+
+def _adamw(groups: list[dict[str, object]], training: TrainingConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=training.learning_rate, betas=BETAS, eps=EPS, fused=True)
 
 

@@ -80,7 +80,9 @@ class Progress:
         parts = [f"step {step}/{self.steps}"]
         parts += [f"{name} {row[name]:.4f} ({share:.0%})" for name, share in shares.items()]
         parts += [f"lr {row['learning_rate']:.1e}", f"norm {row['grad_norm']:.2f}"]
-        parts += [f"{row['tokens_per_second'] / 1000:.1f}k tok/s", f"ETA {duration(left)}"]
+        parts += [f"{row['tokens_per_second'] / 1000:.1f}k tok/s"]
+        parts += [f"MFU {row['mfu']:.0%}"] if "mfu" in row else []
+        parts += [f"ETA {duration(left)}"]
         evaluated = {key.removeprefix("eval."): value for key, value in row.items() if key.startswith("eval.")}
         parts += [f"{name} {value:.3f}" for name, value in evaluated.items() if isinstance(value, float)][:3]
         parts += [f"[{value}]" for value in evaluated.values() if isinstance(value, str)]
