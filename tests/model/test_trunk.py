@@ -217,7 +217,7 @@ def test_cached_decoding_equals_the_full_forward(chunks: list[int]) -> None:
     model, tokens = trunk(), random_tokens(3, 9)
     cache = model.new_cache(3, 12)
     pieces = [model(piece, cache=cache) for piece in tokens.split(chunks, dim=1)]
-    assert cache.length == 9
+    assert cache.lengths == [9, 9, 9]
     assert pieces[-1].cache is cache
     cached = torch.cat([piece.logits for piece in pieces], 1)
     torch.testing.assert_close(cached, model(tokens).logits, rtol=0, atol=1e-12)
@@ -228,7 +228,7 @@ def test_a_cache_rolled_back_by_its_length_forgets_what_came_after() -> None:
     cache = model.new_cache(1, 8)
     model(tokens[:, :4], cache=cache)
     model(random_tokens(1, 3, seed=5), cache=cache)
-    cache.length = 4
+    cache.lengths = [4]
     found = model(tokens[:, 4:], cache=cache).logits
     torch.testing.assert_close(found, model(tokens).logits[:, 4:], rtol=0, atol=1e-12)
 

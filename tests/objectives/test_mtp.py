@@ -192,9 +192,9 @@ def test_heads_draft_from_a_cache_that_was_rolled_back() -> None:
     lm(verified[:, 2:3], cache=cache)
     rejected = torch.randint(VOCABULARY, (2, 4), generator=seeded(1))
     lm(rejected, cache=cache)
-    cache.length = 3
+    cache.lengths = [3, 3]
     output = lm(torch.cat([verified[:, 3:], rejected[:, :2]], 1), cache=cache)
-    cache.length = 6
+    cache.lengths = [6, 6]
     state = drafter.observe(output, torch.tensor([2, 2]))
     reference = drafter.observe(lm(verified), torch.tensor([5, 5]))
     torch.testing.assert_close(state.states, reference.states, rtol=1e-9, atol=1e-11)

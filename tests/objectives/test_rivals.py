@@ -341,7 +341,7 @@ def test_plain_decoding_with_a_cache_equals_the_full_pass(name: str) -> None:
     parts = []
     for start, stop in ((0, 3), (3, 4), (4, 7)):
         parts.append(lm(tokens[:, start:stop], cache=cache))
-        assert parts[-1].cache is cache and cache.length == stop
+        assert parts[-1].cache is cache and cache.lengths == [stop, stop]
     for field in ("logits", "hidden", "probe_state"):
         found = torch.cat([getattr(part, field) for part in parts], 1)
         torch.testing.assert_close(found, getattr(full, field), rtol=1e-10, atol=1e-12)

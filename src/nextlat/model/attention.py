@@ -180,14 +180,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None, mask: 
         k: (B, S, n_heads, head_width) rotated keys, S = T unless a cache or a mask is used.
         v: (B, S, n_heads, head_width) values.
         layout: documents of the batch; ``None`` means one document a row.
-        mask: (T, S) or (B, 1, T, S) bool, True where a query may look; replaces the causal rule.
+        mask: (T, S) or (B, 1, T, S) bool, True where a query may look; replaces the causal rule. A single query
+            needs none.
 
     Returns:
         (B, T, n_heads * head_width).
     """
     if layout is None:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        causal = mask is None and q.shape[2] == k.shape[2]  # without a mask, one query behind a cache sees it all
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return mixed.transpose(1, 2).flatten(2)
     kind = implementation(q.device.type, q.dtype, q.shape[-1], has_varlen(q.device))
     if kind == "varlen":

@@ -248,11 +248,12 @@ class Transformer(nn.Module):
             raise NextLatError("documents cannot be combined with a cache or a mask; run packed rows without a cache")
         length = tokens.shape[1]
         layout = None if documents is None else document_layout(documents)
-        start = 0 if cache is None else cache.length
-        if positions is None:
-            positions = layout.positions if layout is not None else torch.arange(length, device=tokens.device) + start
-        if cache is not None and start and mask is None:
-            mask = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device).tril(start)
+        if positions is None and cache is not None:
+            positions = cache.positions(length)
+        elif positions is None:
+            positions = layout.positions if layout is not None else torch.arange(length, device=tokens.device)
+        if cache is not None and mask is None:
+            mask = cache.mask(length)
         return Context(rotary_angles(positions, self.n_heads, self.width // self.n_heads), layout, mask, cache)
 
     def hidden_states(
@@ -282,7 +283,7 @@ class Transformer(nn.Module):
         if layers is not None:
             layers.append(u)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.advance(tokens.shape[1])
         h: Tensor = self.norm(u)
         return h
 

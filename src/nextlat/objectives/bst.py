@@ -264,7 +264,7 @@ class BSTModel:
         """Next-token logits and states of (B, T) tokens."""
         model = self.objective.trunk
         # Weights do not change within a sequence that a cache continues, and may before any other call.
-        if self.empty is None or cache is None or not cache.length:
+        if self.empty is None or cache is None or not cache.longest:
             self.empty = self.objective.empty_suffix()
         hidden = model.hidden_states(tokens, documents, positions, mask, cache)
         following, _ = self.objective.networks.text_head(hidden, self.empty.expand_as(hidden))

@@ -198,10 +198,11 @@ class _StoredKeys(Cache):
     """A cache as one call left it, read again for the same positions instead of being extended."""
 
     def __init__(self, cache: Cache) -> None:
-        self.keys, self.values, self.length = cache.keys, cache.values, cache.length
+        self.keys, self.values, self.lengths = cache.keys, cache.values, list(cache.lengths)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return self.keys[layer, :, : self.length], self.values[layer, :, : self.length]
+        seen = slice(self.longest)
+        return self.keys[layer, :, :, seen].transpose(1, 2), self.values[layer, :, :, seen].transpose(1, 2)
 
 
 class MTPModel:
@@ -239,7 +240,7 @@ class MTPModel:
         if cache is not None:
             for layer, head in enumerate(objective.heads, start=len(objective.trunk.layers)):
                 cast(Head, head).remember(shared, context.angles, cache, layer)
-            cache.length += tokens.shape[1]
+            cache.advance(tokens.shape[1])
             stored = _StoredKeys(cache)
         features = DraftFeatures(shared, context._replace(cache=stored))
         return LMOutput(objective.trunk.lm_head(hidden), hidden, cache, shared, draft_features=features)
