@@ -56,7 +56,7 @@ def test_the_bare_products_are_those_of_the_count() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        loss.only_products(loss.make_inputs(SIZES, 2))
+        loss.only_products(loss.make_inputs(SIZES, 2))()
     in_place = 27 * 248  # the head's gradient is added up in place, which the counter does not see
     assert counter.get_total_flops() == 2 * (loss.head_products(SIZES, 2) - in_place)
 

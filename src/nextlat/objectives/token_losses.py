@@ -19,7 +19,7 @@ from nextlat.objectives.losses import cross_entropy_sum, kl_sum, total_variation
 
 Kind = Literal["kl", "aux_ce", "tv"]
 
-BLOCK_BYTES = {"cpu": 25 * 2**20, "cuda": 2**28}
+BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 """Size of one block of logits: small enough for the caches of a CPU, large enough to fill a GPU."""
 LEAST_ROWS = 64
 """Products with fewer rows are slow, and so is adding up a head gradient after every few rows."""
@@ -135,15 +135,14 @@ class _TokenLosses(torch.autograd.Function):
             for s, needed in zip(predicted, live[2:], strict=True)
             for _ in kinds
         ]
-        logits, teacher, student = (
-            hidden.new_empty(rows if used else 0, vocab, dtype=full) for used in (1, 1, len(predicted))
-        )
+        logits, teacher = (hidden.new_empty(rows, vocab, dtype=full) for _ in range(2))
         sums = hidden.new_zeros(1 + len(d_predicted), dtype=full)
         for start in range(0, n, rows):
             part = slice(start, start + rows)
             y, h = targets[part], hidden[part]
             a, p = logits[: len(h)], teacher[: len(h)]
-            log_total, a_y = _softmax(h, weight, y, a, p)
+            _multiply(h, weight, a)
+            log_total, a_y = _softmax(a, p, y, h, weight)
             sums[0] += (log_total - a_y).sum()
             if any(live):
                 expected = _times(p, weight)  # (n, D) the head's row, on average over p
@@ -155,12 +154,15 @@ class _TokenLosses(torch.autograd.Function):
                 continue
             negative_entropy = torch.linalg.vecdot(p, a) - log_total
             for step, (s, here) in enumerate(zip(predicted, reached, strict=True)):
-                b, q = logits[: len(h)], student[: len(h)]
-                log_sum, b_y = _softmax(s[part], weight, y, b, q)
+                b = logits[: len(h)]
+                _multiply(s[part], weight, b)
+                overlap = torch.linalg.vecdot(p, b)
+                q = b if b.device.type == "cpu" else torch.empty_like(b)  # a third block costs a CPU memory and time
+                log_sum, b_y = _softmax(b, q, y, s[part], weight)
                 outside = ~here[part]
                 for number, kind in enumerate(kinds, start=step * len(kinds)):
                     if kind == "kl":
-                        value = negative_entropy - torch.linalg.vecdot(p, b) + log_sum
+                        value = negative_entropy - overlap + log_sum
                     elif kind == "aux_ce":
                         value = log_sum - b_y
                     else:
@@ -201,25 +203,30 @@ class _TokenLosses(torch.autograd.Function):
         )
 
 
-def _softmax(
-    states: Tensor, weight: Tensor, targets: Tensor, logits: Tensor, probabilities: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Fill logits and probabilities (n, V) of (n, D) states; return ``logsumexp`` (n,) and the targets' logits (n,).
-
-    The former is read off one entry whose probability is known, instead of one more pass over all of them.
-    """
+def _multiply(states: Tensor, weight: Tensor, logits: Tensor) -> None:
+    """Fill (n, V) logits of (n, D) states."""
     if logits.device.type == "cpu" and logits.dtype == weight.dtype == states.dtype:
         for start in range(0, len(weight), STRIP):
             torch.mm(states, weight[start : start + STRIP].T, out=logits[:, start : start + STRIP])
     else:
         logits.copy_(states.to(weight.dtype) @ weight.T)
-    torch.softmax(logits, -1, out=probabilities)
+
+
+def _softmax(
+    logits: Tensor, probabilities: Tensor, targets: Tensor, states: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fill probabilities (n, V), maybe over the logits themselves; return ``logsumexp`` and targets' logits, (n,) each.
+
+    The former is read off one entry whose probability is known, instead of one more pass over all of them.
+    """
     at_target = logits.gather(1, targets[:, None])[:, 0]
+    torch.softmax(logits, -1, out=probabilities)
     probability = probabilities.gather(1, targets[:, None])[:, 0]
     log_total = at_target - probability.log()
     unlikely = probability < UNDERFLOW
     if unlikely.any():
-        log_total[unlikely] = torch.logsumexp(logits[unlikely], -1)
+        again = (states[unlikely].to(weight.dtype) @ weight.T).to(logits.dtype)
+        log_total[unlikely] = torch.logsumexp(again, -1)
     return log_total, at_target
 
 
