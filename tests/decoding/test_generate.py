@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 
 from nextlat import generate
-from nextlat.decoding.generate import draw
+from nextlat.decoding.sampling import Sampling
+from nextlat.decoding.sampling import draw as draw_from
 from nextlat.errors import NextLatError
 from nextlat.model import Transformer
 
 LOGITS = torch.tensor([1.0, 0.2, -0.5, 0.7, -2.0])
 DRAWS = 200_000
+
+
+def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """One token a row, with the random numbers that generation takes."""
+    coins = torch.rand(len(logits), generator=generator, dtype=torch.float64)
+    return draw_from(Sampling(temperature).law(logits), coins)
 
 
 def model(vocabulary: int = 11) -> Transformer:

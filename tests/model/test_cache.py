@@ -101,6 +101,13 @@ def test_no_mask_is_made_where_none_is_needed() -> None:
     assert mask[:, 0, 0].tolist() == [[True] * 5, [True, True, False, False, False]]
 
 
+def test_places_never_written_are_finite() -> None:
+    # a short row looks past them with weight 0, and 0 times NaN is NaN
+    cache = model().new_cache(2, 4000)
+    assert not cache.keys.any()
+    assert not cache.values.any()
+
+
 def test_the_longest_row_must_fit() -> None:
     lm = model()
     cache = lm.new_cache(2, 4)

@@ -1,68 +1,75 @@
-"""Plain cached generation for prompts of equal length."""
+"""Generation as one tensor."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from nextlat.errors import NextLatError
-from nextlat.model.interfaces import CausalLM
+from nextlat.decoding.policies import Policy
+from nextlat.decoding.sampling import Sampling
+from nextlat.decoding.speculative import Statistics, decode
+from nextlat.model.interfaces import CausalLM, Drafter
 
 
-def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """One token a row: the most likely at temperature 0, else drawn from ``softmax(logits / temperature)``.
-
-    Args:
-        logits: (B, V).
-        temperature: 0 or above.
-        generator: CPU generator of the draws, so that they do not depend on the device.
-
-    Returns:
-        (B,) int64.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    # on the CPU: the cumulative sum of floats has no deterministic CUDA kernel
-    probabilities = (logits.double() / temperature).softmax(-1).cpu()
-    u = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
-    below = (probabilities.cumsum(-1) <= u).sum(-1)  # u = 0 must not find a token of probability 0
-    last = (probabilities > 0).cumsum(-1).argmax(-1)  # rounding may leave the sum short of u
-    return torch.minimum(below, last).to(logits.device)
-
-
-@torch.no_grad()
 def generate(
     lm: CausalLM,
     prompts: Tensor,
     max_new_tokens: int,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    lengths: Sequence[int] | None = None,
+    stop_tokens: Collection[int] = (),
+    context_length: int | None = None,
+    drafter: Drafter | None = None,
+    policy: Policy | None = None,
+    verification: str = "block",
+    statistics: Statistics | None = None,
 ) -> Tensor:
-    """Continue prompts by exactly ``max_new_tokens`` tokens.
+    """Continue prompts by exactly ``max_new_tokens`` tokens; see :func:`nextlat.decoding.speculative.decode`.
 
     Args:
-        lm: the plain language model.
-        prompts: (B, P) int64, P >= 1.
+        lm: the language model.
+        prompts: (B, P) int64, padded at their end where shorter than P.
         max_new_tokens: at least 1.
         temperature: 0 is greedy.
         generator: CPU generator for temperatures above 0; ``None`` uses torch's global one.
+        top_k: keep the k most likely tokens.
+        top_p: keep the fewest most likely tokens that reach probability p together.
+        lengths: true lengths of the prompts.
+        stop_tokens: a row ends with the first of them and is filled up with it.
+        context_length: most positions of prompt and continuation together.
+        drafter: guesses tokens ahead, which changes the speed and not the law of what comes out.
+        policy: how long drafts are; needed with a drafter.
+        verification: ``block`` or ``token``.
+        statistics: filled while decoding.
 
     Returns:
         (B, max_new_tokens) int64 new tokens.
 
     Raises:
-        NextLatError: an empty prompt, a temperature below 0, or fewer than one new token asked for.
+        NextLatError: what is asked for is out of range; the message says what, and the limit.
     """
-    if prompts.shape[1] < 1:
-        raise NextLatError("a prompt is empty; give at least one token")
-    if max_new_tokens < 1:
-        raise NextLatError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
-    if temperature < 0:
-        raise NextLatError(f"temperature is {temperature}; it must be 0 (greedy) or above")
-    cache = lm.new_cache(len(prompts), prompts.shape[1] + max_new_tokens)
-    tokens, new = prompts, []
-    for _ in range(max_new_tokens):
-        logits = lm(tokens, cache=cache).logits[:, -1]
-        new.append(draw(logits, temperature, generator))
-        tokens = new[-1][:, None]
-    return torch.stack(new, dim=1)
+    found: list[list[int]] = [[] for _ in range(len(prompts))]
+    for step in decode(
+        lm,
+        prompts,
+        max_new_tokens,
+        Sampling(temperature, top_k, top_p),
+        drafter=drafter,
+        policy=policy,
+        verification=verification,
+        lengths=lengths,
+        stop_tokens=stop_tokens,
+        context_length=context_length,
+        generator=generator,
+        statistics=statistics,
+    ):
+        for row, tokens in step:
+            found[row] += tokens
+    filled = [row + row[-1:] * (max_new_tokens - len(row)) for row in found]
+    return torch.tensor(filled, device=prompts.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nextlat.decoding import generate
-from nextlat.decoding.generate import draw
+from nextlat.decoding.sampling import Sampling, draw
 from nextlat.evaluation.subject import Subject
 from nextlat.statistics import Metric
 from nextlat.tasks.base import Outputs
@@ -24,7 +24,9 @@ def accuracy(subject: Subject) -> dict[str, Metric]:
         forced.append(logits.cpu())
         if prompts.parallel:  # the forced input holds no answer, so one pass is the generation
             greedy.append(logits.argmax(-1).cpu())
-            sampled.append(draw(logits.flatten(0, 1), 1.0, draws).view(-1, length).cpu())
+            law = Sampling(1.0).law(logits.flatten(0, 1))
+            coins = torch.rand(len(law), generator=draws, dtype=torch.float64)
+            sampled.append(draw(law, coins).view(-1, length).cpu())
         else:
             tokens = prompts.tokens[rows].to(subject.device)
             greedy.append(generate(subject.lm, tokens, length).cpu())

@@ -23,9 +23,10 @@ class Cache:
 
     def __init__(self, shape: tuple[int, int, int, int, int], like: Tensor) -> None:
         layers, rows, capacity, n_heads, head_width = shape
-        # One head's keys lie together, as its product with a query wants them.
-        self.keys = torch.empty(layers, rows, n_heads, capacity, head_width, dtype=like.dtype, device=like.device)
-        self.values = torch.empty_like(self.keys)
+        # One head's keys lie together, as its product with a query wants them. Places not yet written are masked, but
+        # must be finite: no weight times NaN is not nothing.
+        self.keys = torch.zeros(layers, rows, n_heads, capacity, head_width, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros_like(self.keys)
         self.lengths = [0] * rows
         """Positions that each row remembers."""
 

@@ -1,0 +1,89 @@
+"""How long a draft shall be."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nextlat.errors import NextLatError
+
+
+class Policy(Protocol):
+    """Decides, token by token, which rows go on drafting.
+
+    A decision may use the laws and the tokens drafted so far, because all of them are verified. It may not look
+    at a token that is then thrown away: that would bias what is kept.
+    """
+
+    max_length: int
+    """No draft gets longer."""
+
+    def goes_on(self, drafted: int, law: Tensor, probability: Tensor) -> Tensor:
+        """Which rows draft one token more.
+
+        Args:
+            drafted: tokens drafted so far, at least 1.
+            law: (B, V) the law that the last one was drawn from.
+            probability: (B,) its probability under that law.
+
+        Returns:
+            (B,) bool.
+        """
+        ...
+
+    def learn(self, drafted: list[int], accepted: list[int]) -> None:
+        """What a round came to: tokens drafted and kept, row by row."""
+        ...
+
+
+def check_length(length: int) -> int:
+    """A draft length, if it is not negative."""
+    if length < 0:
+        raise NextLatError(f"the draft length is {length}; it must be at least 0, and 0 drafts nothing")
+    return length
+
+
+class Static:
+    """Always the same number of tokens."""
+
+    def __init__(self, length: int) -> None:
+        self.max_length = check_length(length)
+
+    def goes_on(self, drafted: int, law: Tensor, probability: Tensor) -> Tensor:
+        """Until the length is reached."""
+        return torch.ones_like(probability, dtype=torch.bool)
+
+    def learn(self, drafted: list[int], accepted: list[int]) -> None:
+        """Nothing to learn."""
+
+
+class Confidence(Static):
+    """Up to a length, while the most likely token has at least a given probability."""
+
+    def __init__(self, length: int, threshold: float) -> None:
+        super().__init__(length)
+        if not 0 <= threshold <= 1:
+            raise NextLatError(f"the confidence threshold is {threshold}; it must lie between 0 and 1")
+        self.threshold = threshold
+
+    def goes_on(self, drafted: int, law: Tensor, probability: Tensor) -> Tensor:
+        """While the drafter is sure."""
+        return law.amax(-1) >= self.threshold
+
+
+class Entropy(Static):
+    """Up to a length, while ``1 - sqrt(scale H(q))`` stays above a limit (AdaEDL, arXiv 2410.18351).
+
+    The left side bounds the probability of acceptance from below, with H in nats.
+    """
+
+    def __init__(self, length: int, limit: float, scale: float = 0.2) -> None:
+        super().__init__(length)
+        self.limit, self.scale = limit, scale
+
+    def goes_on(self, drafted: int, law: Tensor, probability: Tensor) -> Tensor:
+        """While the law is sharp."""
+        entropy: Tensor = torch.special.entr(law).sum(-1)
+        return 1 - (self.scale * entropy).sqrt() >= self.limit

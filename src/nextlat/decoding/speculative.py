@@ -1,0 +1,277 @@
+"""Decoding with a cache, and with drafts that the model verifies in one call a round."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextlat.decoding.policies import Policy, Static
+from nextlat.decoding.sampling import Sampling, draw
+from nextlat.decoding.verification import Verification, find_verification, greedy
+from nextlat.errors import NextLatError
+from nextlat.model.interfaces import CausalLM, Drafter
+
+
+@dataclass
+class Statistics:
+    """What decoding did, over all rows."""
+
+    calls: int = 0
+    """Calls of the model, the one over the prompts included."""
+    rounds: int = 0
+    """Rounds of single rows: a call counts once for each row that was still going."""
+    tokens: int = 0
+    """Tokens produced."""
+    drafted: list[int] = field(default_factory=list)
+    """How often a token was drafted at position 1, 2, ... of a draft. The token that every round yields without a
+    draft, the one behind the last kept token, is not counted."""
+    reached: list[int] = field(default_factory=list)
+    """How often all drafted tokens before it were kept, so that it was its turn."""
+    accepted: list[int] = field(default_factory=list)
+    """How often it was kept."""
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens that a row gains by a call; 1 without drafts."""
+        return self.tokens / max(self.rounds, 1)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Share of drafted tokens that were kept, by position, among those whose turn it was."""
+        return [kept / max(turns, 1) for kept, turns in zip(self.accepted, self.reached, strict=True)]
+
+    def count(self, drafted: int, accepted: int) -> None:
+        """Add a row's round."""
+        self.rounds += 1
+        for counts in (self.drafted, self.reached, self.accepted):
+            counts += [0] * (drafted - len(counts))
+        for position in range(drafted):
+            self.drafted[position] += 1
+            self.reached[position] += position <= accepted
+            self.accepted[position] += position < accepted
+
+
+@dataclass
+class _Row:
+    """What a row has produced and may still produce."""
+
+    number: int
+    left: int
+    stops: Collection[int]
+    done: bool = False
+
+    def take(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens up to a stop token, which is kept, and up to the number asked for."""
+        taken: list[int] = []
+        for token in tokens:
+            if self.done:
+                break
+            taken.append(token)
+            self.left -= 1
+            self.done = self.left == 0 or token in self.stops
+        return taken
+
+
+def decode(
+    lm: CausalLM,
+    prompts: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    drafter: Drafter | None = None,
+    policy: Policy | None = None,
+    verification: str = "block",
+    lengths: Sequence[int] | None = None,
+    stop_tokens: Collection[int] = (),
+    context_length: int | None = None,
+    generator: torch.Generator | None = None,
+    statistics: Statistics | None = None,
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Continue prompts, yielding tokens as they are known.
+
+    Each round drafts some tokens, has the model judge them in one call, keeps a beginning of them and adds the token
+    behind it, so that what comes out follows the model's own law under ``sampling`` exactly, whatever the drafter.
+    Rows advance independently.
+
+    Args:
+        lm: the model.
+        prompts: (B, P) int64; rows shorter than P are padded at their end.
+        max_new_tokens: tokens for each row, exactly, unless it meets a stop token.
+        sampling: how laws are made of logits, of the model and of the drafter alike.
+        drafter: guesses tokens ahead; ``None`` decodes token by token.
+        policy: how long drafts are; needed with a drafter.
+        verification: ``block`` or ``token``; see :mod:`nextlat.decoding.verification`.
+        lengths: true lengths of the prompts; default P each.
+        stop_tokens: a row ends with the first of them, also inside a draft.
+        context_length: most positions of prompt and continuation together; ``None`` for no limit.
+        generator: CPU generator of all draws; ``None`` uses torch's global one.
+        statistics: filled while decoding.
+
+    Yields:
+        for each round, (row, new tokens) of the rows that gained some.
+
+    Raises:
+        NextLatError: an empty prompt, a length or a token out of range, a draft longer than the drafter makes, or a
+            context that is too short.
+    """
+    lengths = list(lengths) if lengths is not None else [prompts.shape[1]] * len(prompts)
+    _check(lm, prompts, lengths, max_new_tokens, context_length)
+    policy = policy if drafter is not None and policy is not None else Static(0)
+    if drafter is not None and drafter.max_length is not None and policy.max_length >= drafter.max_length:
+        raise NextLatError(
+            f"a draft of {policy.max_length} tokens behind the known one is asked for, and this drafter makes at most "
+            f"{drafter.max_length - 1}; ask for less, or train with a longer horizon"
+        )
+    return _rounds(
+        lm,
+        prompts,
+        max_new_tokens,
+        sampling,
+        drafter,
+        policy,
+        find_verification(verification),
+        lengths,
+        stop_tokens,
+        generator,
+        statistics if statistics is not None else Statistics(),
+    )
+
+
+@torch.inference_mode()
+def _rounds(
+    lm: CausalLM,
+    prompts: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    drafter: Drafter | None,
+    policy: Policy,
+    judge: Verification,
+    lengths: list[int],
+    stop_tokens: Collection[int],
+    generator: torch.Generator | None,
+    statistics: Statistics,
+) -> Iterator[list[tuple[int, list[int]]]]:
+    rows = [_Row(number, max_new_tokens, stop_tokens) for number in range(len(prompts))]
+    device = prompts.device
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    cache = lm.new_cache(len(rows), prompts.shape[1] + max_new_tokens + policy.max_length)
+    output = lm(prompts, cache=cache)
+    statistics.calls += 1
+    cache.lengths = list(lengths)
+    last = torch.tensor(lengths, device=device) - 1
+    logits = output.logits[torch.arange(len(rows), device=device), last]
+    pending = logits.argmax(-1) if sampling.greedy else draw(sampling.law(logits), uniform(len(rows)))
+    state: Any = drafter.observe(output, last) if drafter is not None else None
+    yield _emit(rows, [[token] for token in pending.tolist()], statistics)
+    while not all(row.done for row in rows):
+        if 2 * sum(not row.done for row in rows) <= len(rows):
+            going = [index for index, row in enumerate(rows) if not row.done]
+            cache.select(going)
+            rows, index = [rows[i] for i in going], torch.tensor(going, device=device)
+            pending = pending[index]
+            state = drafter.select(state, index) if drafter is not None else None
+        # a row gains at least one token without a draft
+        room = torch.tensor([0 if row.done else min(policy.max_length, row.left - 1) for row in rows], device=device)
+        made = _draft(drafter, state, pending, sampling, policy, room, uniform) if drafter is not None else None
+        tokens = pending[:, None] if made is None else torch.cat([pending[:, None], made.tokens], 1)
+        begins = list(cache.lengths)
+        output = lm(tokens, cache=cache)
+        statistics.calls += 1
+        drafts = tokens[:, 1:]
+        drafted = torch.zeros_like(room) if made is None else made.lengths
+        if sampling.greedy:
+            accepted, pending = greedy(output.logits.argmax(-1), drafts, drafted)
+        elif made is None:
+            accepted, pending = drafted, draw(sampling.law(output.logits[:, 0]), uniform(len(rows)))
+        else:
+            coins = uniform(*drafts.shape).to(device)
+            p = sampling.law(output.logits)
+            verdict = judge(p, made.laws, drafts, drafted, coins.to(p.dtype))
+            accepted, pending = verdict.accepted, draw(verdict.law, uniform(len(rows)))
+        if drafter is not None:
+            state = drafter.observe(output, accepted)
+        kept = accepted.tolist()
+        cache.lengths = [begin if row.done else begin + n + 1 for row, begin, n in zip(rows, begins, kept, strict=True)]
+        for row, n, m in zip(rows, drafted.tolist(), kept, strict=True):
+            if not row.done:
+                statistics.count(n, m)
+        policy.learn(drafted.tolist(), kept)
+        heads = [one[:n] for one, n in zip(drafts.tolist(), kept, strict=True)]
+        news = [[*head, token] for head, token in zip(heads, pending.tolist(), strict=True)]
+        yield _emit(rows, news, statistics)
+
+
+@dataclass
+class _Drafts:
+    tokens: Tensor
+    """(B, K)"""
+    laws: Tensor
+    """(B, K, V), empty when greedy."""
+    lengths: Tensor
+    """(B,)"""
+
+
+def _draft(
+    drafter: Drafter, state: Any, token: Tensor, sampling: Sampling, policy: Policy, room: Tensor, uniform: Any
+) -> _Drafts | None:
+    """Draft behind the known token while some row may; ``None`` if none may."""
+    tokens, laws, lengths = [], [], torch.zeros_like(room)
+    going = room > 0
+    while bool(going.any()):
+        state, logits = drafter.step(state, token)
+        law = sampling.law(logits)
+        token = logits.argmax(-1) if sampling.greedy else draw(law, uniform(len(law)))
+        tokens.append(token)
+        if not sampling.greedy:
+            laws.append(law)
+        lengths = lengths + going
+        going = going & (lengths < room)
+        if bool(going.any()):
+            # at temperature 0 the policy still sees how sure the drafter is
+            seen = logits.float().softmax(-1) if sampling.greedy else law
+            going = going & policy.goes_on(len(tokens), seen, seen.gather(-1, token[:, None])[:, 0])
+    if not tokens:
+        return None
+    stacked = torch.stack(laws, 1) if laws else torch.empty(0, device=room.device)
+    return _Drafts(torch.stack(tokens, 1), stacked, lengths)
+
+
+def _emit(rows: list[_Row], news: list[list[int]], statistics: Statistics) -> list[tuple[int, list[int]]]:
+    out = []
+    for row, new in zip(rows, news, strict=True):
+        taken = row.take(new)
+        statistics.tokens += len(taken)
+        if taken:
+            out.append((row.number, taken))
+    return out
+
+
+def _check(lm: CausalLM, prompts: Tensor, lengths: list[int], max_new_tokens: int, context_length: int | None) -> None:
+    if not len(prompts):
+        raise NextLatError("there are no prompts; give at least one")
+    if prompts.shape[1] < 1 or min(lengths) < 1:
+        raise NextLatError("a prompt is empty; give at least one token")
+    if len(lengths) != len(prompts) or max(lengths) > prompts.shape[1]:
+        raise NextLatError(
+            f"lengths are {lengths} for {len(prompts)} prompts of {prompts.shape[1]} places; "
+            "give one for each, none longer"
+        )
+    if max_new_tokens < 1:
+        raise NextLatError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+    if context_length is not None and max(lengths) + max_new_tokens > context_length:
+        raise NextLatError(
+            f"a prompt of {max(lengths)} tokens and {max_new_tokens} new ones do not fit a context of "
+            f"{context_length}; shorten the prompt, or ask for at most {max(context_length - max(lengths), 0)} tokens"
+        )
+    least, most = int(prompts.min()), int(prompts.max())
+    size = getattr(lm, "vocab_size", None)
+    if least < 0 or (size is not None and most >= size):
+        wrong = least if least < 0 else most
+        raise NextLatError(f"a prompt holds token {wrong}; ids lie between 0 and {'V' if size is None else size} - 1")
