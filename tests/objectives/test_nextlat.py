@@ -187,7 +187,8 @@ def test_every_option_has_the_gradients_of_brute_force(option: str, seed: int) -
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_whole_objective_equals_brute_force_on_the_states_of_its_trunk(seed: int) -> None:
-    batch, objective = random_batch(seed, 3, 8, VOCABULARY), small_nextlat(horizon=3, seed=seed, ce_weight=0.3, tv_weight=0.2)
+    batch = random_batch(seed, 3, 8, VOCABULARY)
+    objective = small_nextlat(horizon=3, seed=seed, ce_weight=0.3, tv_weight=0.2)
     model = objective.model
     terms = objective(batch)
     hidden = model.hidden_states(batch.tokens, batch.documents)
