@@ -87,8 +87,10 @@ def test_the_tied_model_sends_the_kl_through_its_lookup_and_trunk_only() -> None
 @pytest.mark.parametrize("name", AUXILIARY)
 def test_auxiliary_terms_train_the_trunk_its_embedding_and_the_dynamics(name: str) -> None:
     # "gradients flow only through the dynamics" holds for the head only
+    # many sources, because the first token of a document has nothing to choose from, and its queries no gradient
     objective = small_nextlat()
-    term = objective(random_batch(0, 2, 6, VOCABULARY))[name]
+    term = objective(random_batch(0, 4, 12, VOCABULARY))[name]
+    assert int(term.count) >= 8
     named = {key: value for key, value in objective.named_parameters() if key != "model.lm_head.weight"}
     for key, gradient in zip(named, torch.autograd.grad(term.sum, list(named.values())), strict=True):
         assert (gradient != 0).any(), key
