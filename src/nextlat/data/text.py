@@ -1,0 +1,330 @@
+"""Text into token shards: documents are streamed, tokenised by several processes, and written in their order."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nextlat.data.tokenizer import Tokenizer, text_module
+from nextlat.data.writer import ShardWriter
+from nextlat.errors import NextLatError
+
+FIRST_SHARD = ""
+"""Instead of a split's name: documents fill one shard of ``validation`` first, then ``train``."""
+BATCH_CHARACTERS = 1 << 19
+"""What a process gets at a time; fixed, so that the result does not depend on the number of processes."""
+READ_CHARACTERS = 1 << 20
+LONGEST_SEPARATOR = 1024
+
+Progress = Callable[[int, int, int], None]
+"""Is told the documents, tokens and characters that were added."""
+
+
+class Reading(NamedTuple):
+    """How files become documents."""
+
+    per_line: bool = False
+    """Each line of a text file is one; otherwise each file."""
+    separator: str | None = None
+    """Regular expression between the documents of a text file, e.g. ``\\n%\\n``; at most 1,024 characters match."""
+    column: str = "text"
+    """Where jsonl and parquet files hold the text."""
+    encoding: str = "utf-8"
+
+
+def find_files(sources: Sequence[Path]) -> list[Path]:
+    """Files, and all files below folders, in the order of their names; hidden ones are left out.
+
+    Raises:
+        NextLatError: a source that does not exist, or nothing found.
+    """
+    found: list[Path] = []
+    for source in sources:
+        if source.is_file():
+            found.append(source)
+        elif source.is_dir():
+            below = (path for path in source.rglob("*") if path.is_file())
+            found += sorted(p for p in below if not any(part.startswith(".") for part in p.relative_to(source).parts))
+        else:
+            raise NextLatError(f"there is no file or folder {source}")
+    if not found:
+        raise NextLatError(f"there are no files in {', '.join(map(str, sources))}")
+    return found
+
+
+def read_documents(files: Iterable[Path], reading: Reading = Reading()) -> Iterator[str]:  # noqa: B008 - immutable
+    """The documents of text (also ``.gz``), ``.jsonl`` and ``.parquet`` files; blank ones are left out.
+
+    Raises:
+        NextLatError: a file that is not what its name says, by name and line.
+    """
+    if reading.separator is not None and reading.per_line:
+        raise NextLatError("documents are either lines or lie between separators; choose one")
+    for path in files:
+        kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+        if kind in (".jsonl", ".ndjson"):
+            texts = _jsonl(path, reading)
+        elif kind == ".parquet":
+            texts = _parquet(path, reading.column)
+        else:
+            texts = _plain(path, reading)
+        yield from (text for text in texts if text and not text.isspace())
+
+
+@contextmanager
+def _opened(path: Path, encoding: str) -> Iterator[IO[str]]:
+    try:
+        with gzip.open(path, "rt", encoding=encoding) if path.suffix == ".gz" else path.open(encoding=encoding) as file:
+            yield file
+    except (UnicodeDecodeError, LookupError) as error:
+        raise NextLatError(f"{path} is not {encoding} text ({error}); name its --encoding, or leave it out") from error
+    except (OSError, EOFError) as error:
+        raise NextLatError(f"{path} cannot be read: {error}") from error
+
+
+def _plain(path: Path, reading: Reading) -> Iterator[str]:
+    with _opened(path, reading.encoding) as file:
+        if reading.per_line:
+            yield from (line.rstrip("\n") for line in file)
+        elif reading.separator is None:
+            yield file.read()
+        else:
+            yield from _separated(file, reading.separator)
+
+
+def _separated(file: IO[str], separator: str) -> Iterator[str]:
+    try:
+        pattern = re.compile(separator)
+    except re.error as error:
+        raise NextLatError(f"separator {separator!r} is not a regular expression: {error}") from error
+    rest, ended = "", False
+    while not ended:
+        more = file.read(READ_CHARACTERS)
+        ended = not more
+        rest += more
+        begin = 0
+        for match in pattern.finditer(rest):
+            # a match near the end might go on in what is not read yet
+            if not ended and match.end() > len(rest) - LONGEST_SEPARATOR:
+                break
+            if match.end() > match.start():
+                yield rest[begin : match.start()]
+                begin = match.end()
+        rest = rest[begin:]
+    yield rest
+
+
+def _jsonl(path: Path, reading: Reading) -> Iterator[str]:
+    with _opened(path, reading.encoding) as file:
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            try:
+                text = json.loads(line)[reading.column]
+            except (ValueError, KeyError, TypeError) as error:
+                raise NextLatError(
+                    f"{path}, line {number} is not a JSON object with {reading.column!r}; name its --column"
+                ) from error
+            if not isinstance(text, str):
+                raise NextLatError(f"{path}, line {number}: {reading.column!r} is {type(text).__name__}, not text")
+            yield text
+
+
+def _parquet(path: Path, column: str) -> Iterator[str]:
+    arrow, parquet = text_module("pyarrow"), text_module("pyarrow.parquet")
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if column not in names:
+                raise NextLatError(f"{path} has no column {column!r}, only {', '.join(names)}; name its --column")
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except (arrow.ArrowException, OSError) as error:
+        raise NextLatError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def hold_out(texts: Iterable[str], fraction: float) -> Iterator[tuple[str, str]]:
+    """Documents with their split: ``validation`` for a fraction of them by the hash of their text.
+
+    The order does not matter, and copies of a document go to the same split.
+    """
+    if not 0 <= fraction < 1:
+        raise NextLatError(f"the validation fraction is {fraction}; it must be at least 0 and below 1")
+    limit = int(fraction * 2**64)
+    for text in texts:
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        yield ("validation" if int.from_bytes(digest, "big") < limit else "train"), text
+
+
+def tokenise(
+    pairs: Iterable[tuple[str, str]],
+    writer: ShardWriter,
+    tokenizer: Tokenizer,
+    workers: int = 1,
+    max_tokens: int | None = None,
+    counted: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Tokenise documents into a writer's shards.
+
+    What is written does not depend on ``workers``, nor on interruptions: documents whose shards are there are not
+    tokenised again. At most ``2 * workers + 2`` batches are in memory.
+
+    Args:
+        pairs: split and text of each document; for the split ``FIRST_SHARD`` see there.
+        writer: open; closing and finishing it is the caller's.
+        tokenizer: for all of them.
+        workers: processes; 1 tokenises in this one.
+        max_tokens: stop with the document that makes this many.
+        counted: of this split alone; ``None`` counts all.
+        progress: is told what was added.
+
+    Raises:
+        NextLatError: a process died, or what the writer raises.
+    """
+    if workers < 1:
+        raise NextLatError(f"workers is {workers}; at least one process must work")
+
+    def so_far() -> int:
+        return writer.tokens.total() if counted is None else writer.tokens[counted]
+
+    if max_tokens is not None and so_far() >= max_tokens:
+        return
+    with closing(_encoded(_batches(_missing(pairs, writer)), tokenizer, writer.settings.dtype, workers)) as encoded:
+        for batch, (tokens, lengths) in encoded:
+            sizes = lengths + (lengths > 0)  # with end tokens
+            count = len(lengths)
+            if max_tokens is not None:
+                counts = [counted in (None, split) for split, _ in batch]
+                reached = so_far() + np.cumsum(np.where(counts, sizes, 0))
+                count = min(int(np.searchsorted(reached, max_tokens)) + 1, count)
+            splits = [split for split, _ in batch[:count]]
+            _write(writer, splits, tokens[: int(lengths[:count].sum())], lengths[:count])
+            if progress is not None:
+                progress(count, int(sizes[:count].sum()), sum(len(text) for _, text in batch[:count]))
+            if max_tokens is not None and so_far() >= max_tokens:
+                return
+
+
+def _missing(pairs: Iterable[tuple[str, str]], writer: ShardWriter) -> Iterator[tuple[str, str]]:
+    """The documents whose shards are not there yet."""
+    places: Counter[str] = Counter()
+    first = writer.listed.get(("validation", 0))
+    held_out = first.documents + first.empty if first is not None else 0
+    for split, text in pairs:
+        place = places[split]
+        places[split] += 1
+        if split != FIRST_SHARD:
+            there = writer.has(split, place)
+        elif place < held_out:
+            there = writer.has("validation", place)
+        else:
+            there = writer.has("train", place - held_out)
+        if not there:
+            yield split, text
+
+
+def _batches(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, size = [], 0
+    for pair in pairs:
+        batch.append(pair)
+        size += len(pair[1])
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+Encoded = tuple[NDArray[Any], NDArray[np.int64]]
+"""Tokens of many documents one behind the other, and the tokens of each."""
+
+
+def _encoded(
+    batches: Iterator[list[tuple[str, str]]], tokenizer: Tokenizer, dtype: str, workers: int
+) -> Generator[tuple[list[tuple[str, str]], Encoded], None, None]:
+    """Batches with their tokens, in order."""
+    if workers == 1:
+        for batch in batches:
+            yield batch, _flat(tokenizer, [text for _, text in batch], dtype)
+        return
+    # a forked copy of a process with threads may hang; a fresh one imports this module and little else
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start, (tokenizer.json, tokenizer.end_token, dtype))
+    waiting: deque[tuple[list[tuple[str, str]], Future[Encoded]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(_work, [text for _, text in batch])))
+            if len(waiting) > 2 * workers:
+                batch, result = waiting.popleft()
+                yield batch, result.result()
+        while waiting:
+            batch, result = waiting.popleft()
+            yield batch, result.result()
+    except BrokenProcessPool as error:
+        raise NextLatError("a process that tokenises died, perhaps out of memory; use fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(tokenizer: str, end_token: int, dtype: str) -> None:
+    global _own
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _own = Tokenizer(text_module("tokenizers").Tokenizer.from_str(tokenizer), end_token), dtype
+
+
+_own: tuple[Tokenizer, str]
+
+
+def _work(texts: list[str]) -> Encoded:
+    tokenizer, dtype = _own
+    return _flat(tokenizer, texts, dtype)
+
+
+def _flat(tokenizer: Tokenizer, texts: list[str], dtype: str) -> Encoded:
+    found = tokenizer.encode_batch(texts)
+    lengths = np.array([len(tokens) for tokens in found], np.int64)
+    return np.fromiter(chain.from_iterable(found), dtype, int(lengths.sum())), lengths
+
+
+def _write(writer: ShardWriter, splits: list[str], tokens: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+    if splits and splits[0] == FIRST_SHARD:
+        done, ends = 0, lengths.cumsum()
+        while done < len(splits) and ("validation", 0) not in writer.good:
+            writer.add("validation", tokens[ends[done] - lengths[done] : ends[done]])
+            done += 1
+        writer.extend("train", tokens[int(lengths[:done].sum()) :], lengths[done:])
+        return
+    names = np.array(splits)
+    for split in dict.fromkeys(splits):
+        chosen = names == split
+        writer.extend(split, tokens[np.repeat(chosen, lengths)], lengths[chosen])
+
+
+def sample(pairs: Iterable[tuple[str, str]], characters: int) -> list[str]:
+    """The first documents that are not held out, about this many characters, to train a tokenizer on."""
+    texts: list[str] = []
+    for split, text in pairs:
+        if split != "validation":
+            texts.append(text)
+            characters -= len(text)
+            if characters <= 0:
+                break
+    if not texts:
+        raise NextLatError("there are no documents to train a tokenizer on; give more text")
+    return texts
