@@ -21,10 +21,11 @@ class RMSNorm(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         """(..., width) -> (..., width), same dtype."""
         wide = u if u.dtype is torch.float64 else u.float()
+        gain = self.weight.to(wide.dtype)
         if wide.device.type == "cpu":
-            out: Tensor = _RMSNorm.apply(wide, self.weight)  # type: ignore[no-untyped-call]
+            out: Tensor = _RMSNorm.apply(wide, gain)  # type: ignore[no-untyped-call]
         else:
-            out = F.rms_norm(wide, self.weight.shape, self.weight, EPS)
+            out = F.rms_norm(wide, gain.shape, gain, EPS)
         return out.to(u.dtype)
 
 

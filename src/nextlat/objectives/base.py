@@ -92,7 +92,8 @@ class Objective(nn.Module):
     objectives alike.
 
     Args:
-        model: a module that offers what :class:`StateModel` asks for.
+        model: a module that offers what :class:`StateModel` asks for, or a Hugging Face causal language model,
+            which is presented that way (see :class:`nextlat.hf.HFModel`).
     """
 
     Options: ClassVar[type[BaseOptions]]
@@ -129,10 +130,15 @@ class Objective(nn.Module):
         super().__init__()
         # hasattr, because a run-time protocol does not see parameters of a module from Python 3.12 on
         if not all(hasattr(model, name) for name in ("hidden_states", "embedding_weight", "head_weight")):
-            raise NextLatError(
-                f"{type(model).__name__} does not offer hidden_states, embedding_weight and head_weight; "
-                "wrap it in nextlat.TorchModel(model, hidden=..., embedding=..., head=...)"
-            )
+            from nextlat.hf.adapter import HFModel, is_hf_model
+
+            if is_hf_model(model):
+                model = HFModel(model)
+            else:
+                raise NextLatError(
+                    f"{type(model).__name__} does not offer hidden_states, embedding_weight and head_weight; "
+                    "wrap it in nextlat.TorchModel(model, hidden=..., embedding=..., head=...)"
+                )
         self.model = cast(StateModel, model)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:

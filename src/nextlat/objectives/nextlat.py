@@ -62,6 +62,7 @@ def nextlat_sums(
     detach_embeddings: bool = False,
     stop_target: bool = True,
     stop_head: bool = True,
+    source: Tensor | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The NextLat loss as sums and counts, for any model (arXiv 2511.05963, equations of section 3).
 
@@ -86,6 +87,7 @@ def nextlat_sums(
         detach_embeddings: cut the gradient into the embedding table; likewise.
         stop_target: ablation when false: the target state is live.
         stop_head: ablation when false: the head is live under the predicted states.
+        source: (B, T, D) the same states by another path of gradients, for the rollouts to start from.
 
     Returns:
         ``{"ce", "latent_1" ..., "kl_1" ...}: (sum, count)``.
@@ -93,12 +95,15 @@ def nextlat_sums(
     rows, length, width = hidden.shape
     if batch.documents is not None:
         # A rollout over padding is left out of every sum, but NaN times a gradient of zero would not be zero.
-        hidden = hidden.masked_fill((batch.documents < 0)[..., None], 0)
+        padding = (batch.documents < 0)[..., None]
+        hidden = hidden.masked_fill(padding, 0)
+        source = None if source is None else source.masked_fill(padding, 0)
     mask = counted(batch)
     head = partial(plain_token_losses, live_head=True) if not stop_head else token_losses
     asked: dict[Kind, bool] = {"kl": kl, "aux_ce": aux_ce, "tv": tv}
     kinds = [kind for kind, wanted in asked.items() if wanted]
-    source = hidden.detach() if detach_source else hidden
+    source = hidden if source is None else source
+    source = source.detach() if detach_source else source
     embeddings = F.embedding(batch.tokens, embedding_weight.detach() if detach_embeddings else embedding_weight)
     target = hidden.detach() if stop_target else hidden
     latents: list[tuple[Tensor, Tensor]] = []
@@ -153,7 +158,7 @@ class NextLat(Objective):
     """Cross-entropy plus next-latent prediction over a horizon.
 
     Args:
-        model: our trunk, or any model wrapped in :class:`TorchModel`.
+        model: our trunk, a Hugging Face causal language model, or any other wrapped in :class:`TorchModel`.
         horizon: rollout steps d >= 1.
         latent_weight: lambda_h, weight of the SmoothL1 terms together.
         kl_weight: lambda_KL, weight of the KL terms together.
@@ -227,6 +232,7 @@ class NextLat(Objective):
         if not isinstance(dynamics, nn.Module):
             hidden_dim = width if dynamics is None else dynamics
             dynamics = find_dynamics(kind)(width, hidden_dim, zero_init_output, generator)
+            dynamics.to(self.model.embedding_weight.device, self.model.embedding_weight.dtype)
         self.dynamics = dynamics
         self.options = {
             "detach_source": detach_source,
@@ -258,6 +264,7 @@ class NextLat(Objective):
             batch,
             self.dynamics,
             self.horizon,
+            source=None,
             **{kind: weight > 0 for kind, weight in self.weights.items()},
             **self.options,
         )
