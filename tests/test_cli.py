@@ -142,6 +142,14 @@ def trunk_parameters(layers: int, width: int, inner: int, vocabulary: int) -> in
 PUBLISHED = {"gpt": 21_323_904, "nextlat": 21_914_496, "mtp": 26_635_776, "jtp": 21_914_945, "bst": 47_286_528}
 """Parameters at 12 layers of width 384, 105 tokens and horizon 3, worked out by hand."""
 
+TRUNKS = {
+    "path_star/mini": trunk_parameters(6, 64, 128, 15),
+    "tiny_stories/mini": trunk_parameters(3, 96, 256, 1000),
+    "tiny_stories/paper": trunk_parameters(8, 768, 2048, 1000),
+    "fineweb_edu/mini": trunk_parameters(4, 128, 384, 1000),
+}
+TOO_LARGE = ("fineweb_edu/100m", "fineweb_edu/1b")
+
 
 def test_every_printed_command_builds_models_of_the_published_size(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = cli("configs", "--commands").out.split("\n")[:-1]
@@ -150,9 +158,10 @@ def test_every_printed_command_builds_models_of_the_published_size(cli: Cli, mon
     totals = {}
     for command in commands:
         _, _, name, objective = command.split()
+        if name in TOO_LARGE:  # to be built here
+            continue
         plain, beside = dry_run(cli, command, monkeypatch)
-        trunk = trunk_parameters(6, 64, 128, 15) if name.endswith("/mini") else trunk_parameters(12, 384, 1024, 105)
-        assert plain == trunk, command
+        assert plain == TRUNKS.get(name, trunk_parameters(12, 384, 1024, 105)), command
         assert (beside == 0) == (objective == "objective=gpt"), command
         totals[name, objective.removeprefix("objective=")] = plain + beside
     assert {objective: totals["path_star/g5_5", objective] for objective in PUBLISHED} == PUBLISHED

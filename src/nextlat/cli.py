@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from nextlat.data.cli import data_app
 from nextlat.errors import NextLatError
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(data_app)
 
 ConfigArgument = Annotated[
     Optional[str],  # noqa: UP045 - typer reads it at run time
@@ -60,11 +62,68 @@ def evaluate(
     split: Annotated[Optional[str], typer.Option(help="Another split than configured, e.g. train.")] = None,  # noqa: UP045
     checkpoint: Annotated[str, typer.Option(help="newest or best.")] = "newest",
     device: Device = None,
+    tasks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="For harness: lm-eval tasks with commas between them, nextlat_paper, YAML files, folders."),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="For harness: examples a task, for a trial.")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(min=1, help="For harness: rows a forward pass.")] = 16,
 ) -> None:
-    """Measure a trained run on held-out data; writes RUN/evaluations/NAME.json."""
-    from nextlat.commands import evaluate_command
+    """Measure a trained run on held-out data; writes RUN/evaluations/NAME.json. harness runs lm-eval tasks."""
+    names = names or ["accuracy"]
+    others = [name for name in names if name != "harness"]
+    if tasks is not None and others == names:
+        raise NextLatError("--tasks belongs to harness: nextlat evaluate RUN harness --tasks ...")
+    if others:
+        from nextlat.commands import evaluate_command
 
-    evaluate_command(run, names or ["accuracy"], dynamics, split, checkpoint, device)
+        evaluate_command(run, others, dynamics, split, checkpoint, device)
+    if others != names:
+        from nextlat.hf.command import harness_command
+
+        harness_command(run, tasks, limit, batch_size, checkpoint, device)
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    prompt: Annotated[Optional[str], typer.Option(help="Text to continue, if the task has a tokenizer.")] = None,  # noqa: UP045
+    tokens: Annotated[Optional[str], typer.Option(help="Token ids to continue, such as 1,2,3.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws, above temperature 0.")] = 0,
+    checkpoint: Annotated[str, typer.Option(help="newest or best.")] = "newest",
+    device: Device = None,
+) -> None:
+    """Continue a prompt with a trained run; prints what is new."""
+    from nextlat.hf.command import generate_command
+
+    generate_command(run, prompt, tokens, max_new_tokens, temperature, seed, checkpoint, device)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory of gpt, mtp or nextlat.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
+    checkpoint: Annotated[str, typer.Option(help="newest or best.")] = "newest",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+) -> None:
+    """Write a run as a stock Llama folder, checked through transformers, with tokenizer and model card."""
+    from nextlat.hf.command import export_command
+
+    export_command(run, folder, checkpoint, dtype)
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that export wrote.")],
+    runs_dir: RunsDir = Path("runs"),
+    name: Annotated[Optional[str], typer.Option(help="Name of the new run; default as exported.")] = None,  # noqa: UP045
+) -> None:
+    """Bring an exported folder back as a run directory that can be measured."""
+    from nextlat.hf.command import import_command
+
+    import_command(folder, runs_dir, name)
 
 
 @app.command("fit-dynamics")

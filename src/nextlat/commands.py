@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -77,18 +78,21 @@ def train_command(
 
 def show_plan(config: Config) -> None:
     """Print the resolved configuration, parameter counts and cost."""
+    from nextlat.tasks import Textual
     from nextlat.training.build import build, check
     from nextlat.training.estimate import estimate
 
     built = build(config)
     check(config, built)
+    made = not isinstance(built.task, Textual) or built.task.ready
+    facts = built.task.description() if made else {"data": "not made yet"}
     cost = estimate(config, built)
     plain = config.plain()
     print(yaml.safe_dump(plain, sort_keys=False).rstrip())
     print(f"# hash {config.hash()}")
     print(
         f"# vocabulary {built.task.vocab_size}, rows of {built.task.sequence_length} tokens; "
-        f"{', '.join(f'{key} {value}' for key, value in built.task.description().items())}"
+        f"{', '.join(f'{key} {value}' for key, value in facts.items())}"
     )
     print(
         f"# parameters {cost.model_parameters + cost.auxiliary_parameters:,} "
@@ -289,6 +293,7 @@ def bench_command(suites: Sequence[str], effort: Effort, json_file: Path | None,
     setting = {**machine(), "effort": effort}
     print(described(setting), flush=True)
     console = Console(width=WIDTH)
+    began = time.monotonic(), time.process_time()
     found: dict[str, list[Result]] = {name: [] for name in chosen}
     for name, run in chosen.items():
         for _, together in groupby(run(effort), lambda result: result.setting):
@@ -298,6 +303,7 @@ def bench_command(suites: Sequence[str], effort: Effort, json_file: Path | None,
         for line in notes(found[name]):
             print(f"  {line}")
         print(flush=True)
+    print(f"took {time.monotonic() - began[0]:.0f} s, of them {time.process_time() - began[1]:.0f} s on a processor")
     if json_file is not None:
         results = {name: [result.plain() for result in part] for name, part in found.items()}
         write_json(json_file, {"machine": setting, "results": results})

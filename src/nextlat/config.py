@@ -75,6 +75,18 @@ class TrainingConfig(Options):
         return self
 
 
+class ProbeOptions(Options):
+    """``evaluation.probes:`` linear probes of frozen states."""
+
+    offsets: int = Field(20, ge=1, description="predict the tokens 1 to so many places ahead")
+    steps: int = Field(20_000, ge=1, description="updates")
+    batch_size: int = Field(256, ge=1, description="rows of an update, at most those of a training step")
+    learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False, description="falls linearly to 0")
+    pairs: list[Literal["document", "row"]] = Field(
+        ["document", "row"], min_length=1, description="state and token in one document, or anywhere in a row"
+    )
+
+
 class EvaluationConfig(Options):
     """``evaluation:`` what is measured, and on how much."""
 
@@ -83,6 +95,7 @@ class EvaluationConfig(Options):
     batch_size: int = Field(500, ge=1)
     health: bool = Field(True, description="log state and gradient health at every evaluation while training")
     after: list[str] = Field(["accuracy"], description="evaluations on all examples after the last step")
+    probes: ProbeOptions = ProbeOptions.model_validate({})
 
 
 class Config(Options):

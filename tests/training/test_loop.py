@@ -359,7 +359,7 @@ def test_save_best_keeps_the_newest_and_the_best_by_the_headline_metric(
     from nextlat.statistics import Metric
 
     scores = iter([0.1, 0.7, 0.7, 0.3, 0.5])
-    monkeypatch.setattr(loop, "accuracy", lambda subject: {"whole_path_greedy": Metric(next(scores)), "z": Metric(9.0)})
+    monkeypatch.setattr(loop, "headline", lambda subject: {"whole_path_greedy": Metric(next(scores)), "z": Metric(9.0)})
     options = ["training.steps=11", "training.evaluate_every=2", "training.save_every=3", "training.save=best"]
     path = run_whole(tiny("gpt", *options), runs, stop_after=5)
     assert names(path) == ["4", "5"]

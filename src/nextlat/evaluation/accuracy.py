@@ -13,7 +13,12 @@ from nextlat.tasks.base import Outputs
 
 @torch.no_grad()
 def accuracy(subject: Subject) -> dict[str, Metric]:
-    """Generate greedily and by sampling at temperature 1, run the true answers through, and let the task score."""
+    """Generate greedily and by sampling at temperature 1, run the true answers through, and let the task score.
+
+    Raises:
+        NextLatError: the task has no prompts.
+    """
+    task = subject.need_prompted()
     prompts = subject.prompts()
     length = prompts.answers.shape[1]
     draws = torch.Generator().manual_seed(subject.seed)
@@ -31,4 +36,4 @@ def accuracy(subject: Subject) -> dict[str, Metric]:
             tokens = prompts.tokens[rows].to(subject.device)
             greedy.append(generate(subject.lm, tokens, length).cpu())
             sampled.append(generate(subject.lm, tokens, length, 1.0, draws).cpu())
-    return subject.task.score(Outputs(torch.cat(greedy), torch.cat(sampled), torch.cat(forced), prompts))
+    return task.score(Outputs(torch.cat(greedy), torch.cat(sampled), torch.cat(forced), prompts))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from nextlat.batch import Batch
+from nextlat.config import ProbeOptions
 from nextlat.errors import NextLatError
 from nextlat.model.interfaces import CausalLM
-from nextlat.tasks.base import Prompts, Task
+from nextlat.tasks.base import Prompted, Prompts, Task, Textual
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,11 @@ class Subject:
     examples: int | None = None
     """At most so many held-out examples; ``None`` is all."""
     batch_size: int = 500
+    probes: ProbeOptions = field(default_factory=lambda: ProbeOptions.model_validate({}))
 
     def prompts(self) -> Prompts:
         """The prompts to answer."""
-        tokens, answers, forced, parallel = self.task.prompts(self.split)
+        tokens, answers, forced, parallel = self.need_prompted().prompts(self.split)
         return Prompts(tokens[: self.examples], answers[: self.examples], forced[: self.examples], parallel)
 
     def batches(self) -> list[Batch]:
@@ -48,6 +50,20 @@ class Subject:
             if left == 0:
                 break
         return batches
+
+    def need_prompted(self) -> Prompted:
+        """The task, or an error if it asks for no answers."""
+        if not isinstance(self.task, Prompted):
+            raise NextLatError(f"this task has no prompts to answer; measure {self.task.headline} instead of accuracy")
+        return self.task
+
+    def need_textual(self) -> Textual:
+        """The task, or an error if it is not running text."""
+        if not isinstance(self.task, Textual):
+            raise NextLatError(
+                f"this task is not running text, which cross_entropy and probes need; measure {self.task.headline}"
+            )
+        return self.task
 
     def need_dynamics(self) -> nn.Module:
         """The dynamics, or an error that says how to get one."""

@@ -10,6 +10,7 @@ from nextlat.reporting.figures import drawings
 from nextlat.reporting.groups import Summary, group_runs, summarise
 from nextlat.reporting.load import load_run, load_runs
 from nextlat.reporting.page import Picture, report_page
+from nextlat.reporting.probes import probes_grid
 from nextlat.reporting.runs import Reading, Run
 from nextlat.reporting.tables import Grid, report_markdown, runs_grid, summary_csv, summary_grid
 from nextlat.reporting.theme import DARK, LIGHT, png, size
@@ -45,9 +46,12 @@ def write_report(run_dirs: Sequence[Path], out: Path, metric: str | None = None)
         data, width_height = png(light), size(light)
         write_bytes(out / "figures" / f"{drawing.name}.png", data)
         pictures.append(Picture(drawing.title, drawing.caption, drawing.alt, data, png(dark), *width_height))
-    write_bytes(out / "table.md", report_markdown(runs, metric).encode())
+    probed = probes_grid(runs)
+    write_bytes(out / "table.md", report_markdown(runs, metric, [probed] if probed else []).encode())
     write_bytes(out / "summary.csv", summary_csv(summaries).encode())
-    write_bytes(out / "report.html", report_page(runs, summaries, pictures, metric).encode())
+    write_bytes(
+        out / "report.html", report_page(runs, summaries, pictures, metric, [probed] if probed else []).encode()
+    )
     return out / "report.html"
 
 
@@ -59,6 +63,7 @@ __all__ = [
     "group_runs",
     "load_run",
     "load_runs",
+    "probes_grid",
     "report_markdown",
     "runs_grid",
     "summarise",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nextlat.reporting.curves import accuracy_figure, loss_figure
 from nextlat.reporting.groups import Summary, summarise
 from nextlat.reporting.outcomes import seeds_figure, token_figure
+from nextlat.reporting.probes import probes_figure
 from nextlat.reporting.runs import Run
 from nextlat.reporting.tables import show
 from nextlat.reporting.theme import Theme
@@ -39,12 +40,12 @@ def drawings(runs: Sequence[Run], metric: str | None = None) -> list[Drawing]:
             "Where every seed ended",
             "One dot is one run at its last evaluation; hollow, if it is not finished. The diamond is the mean over "
             "finished seeds with its 95 % interval.",
-            "Dots on an axis from none to all right, a row for each objective. " + " ".join(map(_told, summaries)),
+            "Dots on an axis, a row for each objective. " + " ".join(map(_told, summaries)),
             lambda theme: seeds_figure(runs, metric, theme),
         ),
         Drawing(
             "accuracy",
-            "Accuracy during training",
+            "Accuracy during training" if all(s.rate for s in summaries) else "Held-out figures during training",
             "One line is one seed, measured on held-out items.",
             "Curves over optimiser steps, one for each run. " + " ".join(map(_told, summaries)),
             lambda theme: accuracy_figure(runs, metric, theme),
@@ -57,6 +58,15 @@ def drawings(runs: Sequence[Run], metric: str | None = None) -> list[Drawing]:
             "Bars for each token of the answer, generated and teacher-forced, a panel for each objective; the values "
             "are in the details of each run.",
             lambda theme: token_figure(runs, theme),
+        ),
+        Drawing(
+            "probes",
+            "What the state says of the tokens ahead",
+            "A linear map without bias predicts the token k places ahead from the frozen state. Thin lines are seeds, "
+            "thick ones their means. The bigram is a table of pairs of tokens k apart, made from the same rows.",
+            "Curves over the offset k, one for each run and one for the mean of each objective; the values are in the "
+            "table of probes.",
+            lambda theme: probes_figure(runs, theme),
         ),
         Drawing(
             "loss",
@@ -73,4 +83,4 @@ def _told(summary: Summary) -> str:
     return f"{summary.group.benchmark}, {summary.group.label}: {ends or 'no evaluation yet'}."
 
 
-__all__ = ["Drawing", "accuracy_figure", "drawings", "loss_figure", "seeds_figure", "token_figure"]
+__all__ = ["Drawing", "accuracy_figure", "drawings", "loss_figure", "probes_figure", "seeds_figure", "token_figure"]

@@ -12,6 +12,8 @@ from nextlat.reporting.runs import Reading, Run, headline_metric
 from nextlat.statistics import proportion, seeds_interval
 
 NOT_A_SETTING = ("task", "objective", "seed", "name", "sweep", "training.threads")
+NOT_RATES = ("ce", "perplexity", "bits_per_byte")
+"""Metrics that are no share of items, even where they lie between 0 and 1."""
 SOLVED = "solved"
 
 
@@ -127,7 +129,7 @@ def summarise(runs: Sequence[Run], metric: str | None = None) -> list[Summary]:
 
     Args:
         runs: at least one.
-        metric: name of a metric of the accuracy evaluation; by default the headline of the group's task.
+        metric: name of a metric of the headline evaluation; by default the headline of the group's task.
 
     Raises:
         NextLatError: no run has that metric.
@@ -138,7 +140,7 @@ def summarise(runs: Sequence[Run], metric: str | None = None) -> list[Summary]:
     for task in {run.task for run in runs}:
         of_task = [run for run in runs if run.task == task]
         headlines[task] = metric or headline_metric(of_task)
-        rates[task] = is_rate([run.reading(headlines[task]) for run in of_task])
+        rates[task] = headlines[task] not in NOT_RATES and is_rate([run.reading(headlines[task]) for run in of_task])
     return [_summary(group, headlines[group.task], rates[group.task]) for group in group_runs(runs)]
 
 

@@ -10,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from nextlat.reporting.groups import Summary
+from nextlat.reporting.groups import NOT_RATES, Summary
 from nextlat.reporting.runs import Run
 from nextlat.reporting.tables import NOTHING, Grid, runs_grid, show, show_interval, show_level, summary_grid
 
@@ -24,6 +24,7 @@ MEANING = (
     "<strong>Chance</strong>{level} is what guessing among the possible answers scores; a score is worth its distance "
     "from it. The <strong>ceiling</strong> is 100 %, every answer right in all its tokens."
 )
+NO_SHARE = "Cross-entropies are in nats a token on held-out text: less is better."
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -80,7 +81,11 @@ class Picture:
 
 
 def report_page(
-    runs: Sequence[Run], summaries: Sequence[Summary], pictures: Sequence[Picture], metric: str | None = None
+    runs: Sequence[Run],
+    summaries: Sequence[Summary],
+    pictures: Sequence[Picture],
+    metric: str | None = None,
+    more: Sequence[Grid] = (),
 ) -> str:
     """The whole page; everything that comes from a run is escaped."""
     tasks = ", ".join(dict.fromkeys(run.task for run in runs))
@@ -95,7 +100,7 @@ def report_page(
         subtitle=escape(subtitle),
         summary=_table(summary_grid(summaries)),
         meaning=_meaning(summaries),
-        figures="\n".join(_figure(i, picture) for i, picture in enumerate(pictures)),
+        figures="\n".join([*(_figure(i, picture) for i, picture in enumerate(pictures)), *map(_section, more)]),
         runs=f'<div class="runs">{_table(runs_grid(runs, metric))}</div>',
         environment=_table(_environment_grid(runs)),
         details="\n".join(_details(run) for run in runs),
@@ -104,6 +109,8 @@ def report_page(
 
 def _meaning(summaries: Sequence[Summary]) -> str:
     levels = sorted({s.chance for s in summaries if s.chance is not None and s.chance <= 1})
+    if all(s.metric in NOT_RATES for s in summaries):
+        return NO_SHARE
     level = f" ({', '.join(show_level(level, True) for level in levels)})" if levels else ""
     return MEANING.format(level=level) + (f" {BASINS}" if any(s.judged for s in summaries) else "")
 
@@ -128,6 +135,10 @@ def _table(grid: Grid) -> str:
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(grid.title)}"><table>\n'
         f"<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>\n{remarks}"
     )
+
+
+def _section(grid: Grid) -> str:
+    return f"<section>\n<h2>{escape(grid.title)}</h2>\n{_table(grid)}</section>"
 
 
 def _figure(number: int, picture: Picture) -> str:

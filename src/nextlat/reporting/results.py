@@ -31,6 +31,8 @@ NOT_METRICS = {
         "config",
     ),
 }
+PROBE = "probe_"
+"""What the metrics of the evaluation ``probes`` begin with."""
 NOT_CURVES = {"config_hash", "objective", "seed", "eval.basin"}
 
 
@@ -71,6 +73,8 @@ def _run(path: Path, row: dict[str, str], curve: list[dict[str, str]]) -> Run:
         readings[row["headline"]] = Reading(
             headline.value, low, high, None if n is None else int(n), chance, headline.step
         )
+    probed = {name: reading for name, reading in readings.items() if name.startswith(PROBE)}
+    others = {name: reading for name, reading in readings.items() if name not in probed}
     named = [name for name in (curve[0] if curve else {}) if name not in NOT_CURVES]
     columns: dict[str, Array] = {
         name: np.array([float(point[name]) if point[name] else np.nan for point in curve]) for name in named
@@ -80,7 +84,7 @@ def _run(path: Path, row: dict[str, str], curve: list[dict[str, str]]) -> Run:
         config=config,
         environment={key: row.get(key) for key in ENVIRONMENT} | {"chance": chance},
         metrics={name: column for name, column in columns.items() if np.isfinite(column).any()},
-        evaluations={"accuracy": readings},
+        evaluations={"accuracy": others} | ({"probes": probed} if probed else {}),
         config_text=json.dumps(config, indent=2),
     )
 

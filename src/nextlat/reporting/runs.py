@@ -17,6 +17,8 @@ from nextlat.errors import NextLatError
 Array = NDArray[np.float64]
 
 HEADLINE = "whole_path_greedy"
+HEADLINE_EVALUATIONS = ("accuracy", "cross_entropy")
+"""The evaluations that runs are followed by while training; a task has one of them."""
 BOOKKEEPING = ("step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds")
 EVALUATED = "eval."
 
@@ -95,6 +97,11 @@ class Run:
         """Whether all planned steps are in the log."""
         return self.step >= self.planned_steps
 
+    @property
+    def measured(self) -> Mapping[str, Reading]:
+        """The headline evaluation of the task; empty before it is made."""
+        return next((self.evaluations[name] for name in HEADLINE_EVALUATIONS if name in self.evaluations), {})
+
     def terms(self) -> dict[str, Array]:
         """Loss per term group: ``latent`` is the column of that name or, with a horizon of 1, ``latent_1``."""
         names = [
@@ -115,8 +122,8 @@ class Run:
         return self.metrics["step"][seen], values[seen]
 
     def reading(self, metric: str) -> Reading | None:
-        """The latest value: from the accuracy evaluation, or from the training log where that is further on."""
-        evaluated = self.evaluations.get("accuracy", {}).get(metric)
+        """The latest value: from the headline evaluation, or from the training log where that is further on."""
+        evaluated = self.measured.get(metric)
         steps, values = self.curve(metric)
         if steps.size and (evaluated is None or steps[-1] > evaluated.step):
             return Reading(float(values[-1]), chance=self.chance(metric), step=int(steps[-1]))
@@ -129,15 +136,15 @@ class Run:
 
     def chance(self, metric: str) -> float | None:
         """Chance level of a metric; the task's own level for the headline of a run that is not evaluated yet."""
-        evaluated = self.evaluations.get("accuracy", {}).get(metric)
+        evaluated = self.measured.get(metric)
         if evaluated is not None:
             return evaluated.chance
         return number(self.environment.get("chance")) if metric == HEADLINE else None
 
     def evaluated_metrics(self) -> list[str]:
-        """Names of the metrics of the accuracy evaluation, then of those only in the training log."""
+        """Names of the metrics of the headline evaluation, then of those only in the training log."""
         logged = [name.removeprefix(EVALUATED) for name in self.metrics if name.startswith(EVALUATED)]
-        return list(dict.fromkeys([*self.evaluations.get("accuracy", {}), *logged]))
+        return list(dict.fromkeys([*self.measured, *logged]))
 
 
 def headline_metric(runs: Sequence[Run], metric: str | None = None) -> str:

@@ -119,9 +119,10 @@ def _run_numbers(run: Run, reading: Reading | None, summary: Summary, extra: Seq
     )
 
 
-def report_markdown(runs: Sequence[Run], metric: str | None = None) -> str:
-    """Both tables as Markdown."""
-    return summary_grid(summarise(runs, metric)).markdown() + "\n" + runs_grid(runs, metric).markdown()
+def report_markdown(runs: Sequence[Run], metric: str | None = None, more: Sequence[Grid] = ()) -> str:
+    """All tables as Markdown."""
+    grids = (summary_grid(summarise(runs, metric)), *more, runs_grid(runs, metric))
+    return "\n".join(grid.markdown() for grid in grids)
 
 
 def summary_csv(summaries: Sequence[Summary]) -> str:

@@ -3,11 +3,14 @@
 from typing import Any
 
 from nextlat.errors import unknown
-from nextlat.tasks.base import Outputs, Prompts, Task
+from nextlat.tasks.base import Outputs, Passages, Prompted, Prompts, Task, Textual
 from nextlat.tasks.path_star import PathStar
+from nextlat.tasks.text import FineWebEdu, TinyStories
 
 TASKS: dict[str, Any] = {
     "path_star": PathStar,
+    "tiny_stories": TinyStories,
+    "fineweb_edu": FineWebEdu,
 }
 
 
@@ -18,4 +21,16 @@ def find_task(name: str) -> Any:
     return TASKS[name]
 
 
-__all__ = ["TASKS", "Outputs", "PathStar", "Prompts", "Task", "find_task"]
+__all__ = [
+    "TASKS",
+    "FineWebEdu",
+    "Outputs",
+    "Passages",
+    "PathStar",
+    "Prompted",
+    "Prompts",
+    "Task",
+    "Textual",
+    "TinyStories",
+    "find_task",
+]

@@ -1,9 +1,9 @@
-"""What a benchmark is: rows that are pure functions of their number, prompts, and a way to score answers."""
+"""What a benchmark is: rows that are pure functions of their number, and what its held-out part is good for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -36,6 +36,22 @@ class Outputs(NamedTuple):
     prompts: Prompts
 
 
+class Passages(NamedTuple):
+    """Held-out texts with known facts, one a row from its first token on, cut or padded to the row."""
+
+    batch: Batch
+    """(n, T) rows; ``documents`` is 0 on the text and -1 on padding."""
+    slots: Tensor
+    """(n, T) int64, which slot each token is of; -1 on the opening token and on padding."""
+    ends: Tensor
+    """(n, S) int64, position of the last token of each slot; -1 where the row is too short to hold it."""
+    facts: Tensor
+    """(n, F) int64, the value of each fact."""
+    nats: Tensor
+    """(n, S) float64, what each slot costs a reader who knows how the texts are made."""
+
+
+@runtime_checkable
 class Task(Protocol):
     """A benchmark."""
 
@@ -44,6 +60,10 @@ class Task(Protocol):
     end_token: int | None
     next_token: bool
     """False in tagging tasks, where targets are not the shifted tokens; generation and bst refuse them."""
+    headline: str
+    """The evaluation that is made while training; its first metric ranks checkpoints."""
+    splits: tuple[str, ...]
+    """What ``evaluation`` knows, the held-out one first."""
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows ``start`` to ``stop`` of the global batch of a step: a pure function of (seed, step, row)."""
@@ -53,6 +73,15 @@ class Task(Protocol):
         """Held-out batches with the targets of training."""
         ...
 
+    def description(self) -> dict[str, Any]:
+        """Facts about the data for the run's records: sizes, chance level."""
+        ...
+
+
+@runtime_checkable
+class Prompted(Task, Protocol):
+    """A benchmark that asks for answers: its headline is ``accuracy``."""
+
     def prompts(self, split: str) -> Prompts:
         """What is to be answered on a split."""
         ...
@@ -61,6 +90,26 @@ class Task(Protocol):
         """Metrics of the answers, each with its interval and chance level."""
         ...
 
-    def description(self) -> dict[str, Any]:
-        """Facts about the data for the run's records: sizes, chance level."""
+
+@runtime_checkable
+class Textual(Task, Protocol):
+    """A benchmark of running text: its headline is ``cross_entropy``."""
+
+    slots: tuple[str, ...]
+    """The parts of texts with known facts, in their order; empty where nothing is known of texts."""
+    facts: dict[str, int]
+    """Names of the facts and how many values each has."""
+    ready: bool
+    """Whether the tokens are there, so that nothing has to be made before the first row."""
+
+    def bytes_of(self, tokens: Tensor) -> int:
+        """UTF-8 bytes that tokens stand for; end tokens stand for none."""
+        ...
+
+    def passages(self, split: str, count: int) -> Passages:
+        """The first texts of a split with what is known of them."""
+        ...
+
+    def stand_in(self, rows: int) -> Batch:
+        """Rows of the right shape made of nothing, for timing a model before its data are there."""
         ...

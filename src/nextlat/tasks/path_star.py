@@ -165,6 +165,8 @@ class PathStar:
 
     Options = PathStarOptions
     next_token = True
+    headline = "accuracy"
+    splits = ("test", "train")
 
     def __init__(self, options: PathStarOptions, seed: int, batch_size: int) -> None:
         self.options, self.seed, self.batch_size = options, seed, batch_size

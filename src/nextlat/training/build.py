@@ -12,11 +12,14 @@ from nextlat.evaluation import find_evaluation
 from nextlat.model import Transformer
 from nextlat.objectives import Objective, find_objective
 from nextlat.objectives.base import check_length
-from nextlat.tasks import Task, find_task
+from nextlat.tasks import Prompted, Task, Textual, find_task
 from nextlat.training.tracking import package
 
 AUXILIARY_STREAM = 1
 """Networks beside the trunk draw from a second stream, so that all objectives start from the same trunk."""
+
+NEEDS = {"accuracy": Prompted, "cross_entropy": Textual, "probes": Textual}
+"""What some evaluations ask of a task."""
 
 
 class Built(NamedTuple):
@@ -60,12 +63,20 @@ def check(config: Config, built: Built) -> None:
     """Refuse, before a run directory is made, what only its first evaluation or tracker would stumble over.
 
     Raises:
-        NextLatError: no such device, tracker's package or split.
+        NextLatError: no such device, tracker's package or split, or an evaluation that is not for this task.
     """
     pick_device(config.training.device)
     for name in config.training.track:
         package(name)
-    built.task.prompts(config.evaluation.split)
+    task, split = built.task, config.evaluation.split
+    if split not in task.splits:
+        raise NextLatError(f"{config.task} has no split {split!r}; choose {' or '.join(task.splits)}")
+    for asked in config.evaluation.after:
+        if not isinstance(task, NEEDS.get(asked, Task)):
+            raise NextLatError(
+                f"evaluation.after asks for {asked}, which is not for {config.task}; "
+                f"set evaluation.after=[{task.headline}]"
+            )
 
 
 def pick_device(name: str) -> torch.device:

@@ -146,4 +146,6 @@ def load_weights(checkpoint: Path, objective: Objective) -> int:
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """The training state beside the weights."""
     state: dict[str, Any] = torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
+    if not state:
+        raise NextLatError(f"{checkpoint} was imported without an optimiser's state; it can be measured, not resumed")
     return state

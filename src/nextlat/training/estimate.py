@@ -10,6 +10,7 @@ import torch
 
 from nextlat.config import Config
 from nextlat.objectives import total_loss
+from nextlat.tasks import Textual
 from nextlat.training.build import Built, build
 from nextlat.training.loop import prepare
 from nextlat.training.optimizers import make_optimizer
@@ -65,7 +66,7 @@ def _trial(config: Config, depth: int, rows: int, device: torch.device) -> tuple
     task, objective = build(shallow)
     objective = objective.to(device)
     optimizer = make_optimizer(objective, config.training)
-    batch = task.rows(0, 0, rows).to(device)
+    batch = (task.stand_in(rows) if isinstance(task, Textual) else task.rows(0, 0, rows)).to(device)
     stored = 0
 
     def remember(tensor: torch.Tensor) -> torch.Tensor:

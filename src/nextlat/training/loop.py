@@ -18,8 +18,7 @@ from torch import Tensor
 from nextlat.batch import Batch
 from nextlat.config import Config
 from nextlat.errors import NextLatError
-from nextlat.evaluation import Subject
-from nextlat.evaluation.accuracy import accuracy
+from nextlat.evaluation import Subject, headline, merit
 from nextlat.evaluation.health import collapse, health
 from nextlat.files import write_text
 from nextlat.objectives import Objective, total_loss
@@ -156,11 +155,11 @@ def train(
             row |= utilization.row(float(row["tokens_per_second"]))
             improved = False
             if evaluated:
-                metrics = accuracy(subject(config, built, device, config.evaluation.examples))
+                metrics = headline(subject(config, built, device, config.evaluation.examples))
                 row |= {f"eval.{name}": metric.value for name, metric in metrics.items()}
-                headline = float(next(iter(metrics.values())).value)
-                improved = headline > best
-                best, best_step = (headline, step) if improved else (best, best_step)
+                reached = merit(task.headline, metrics)
+                improved = reached > best
+                best, best_step = (reached, step) if improved else (best, best_step)
                 if config.evaluation.health:
                     figures = health(subject(config, built, device, config.evaluation.examples))
                     row |= {f"health.{name}": metric.value for name, metric in figures.items()}
@@ -264,6 +263,7 @@ def subject(
         split=config.evaluation.split,
         examples=examples,
         batch_size=config.evaluation.batch_size,
+        probes=config.evaluation.probes,
     )
 
 

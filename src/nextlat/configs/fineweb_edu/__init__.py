@@ -1,0 +1,1 @@
+"""FineWeb-Edu at several scales."""

@@ -1,0 +1,1 @@
+"""TinyStories at several scales."""
