@@ -58,6 +58,7 @@ def hub_files(repository: str, revision: str = "main", folder: str = "", suffix:
     """
     hub = text_module("huggingface_hub")
     where = f"{endpoint()}/datasets/{repository} (revision {revision})"
+    _reach(where)
     try:
         api = hub.HfApi(endpoint=endpoint(), token=os.environ.get("HF_TOKEN") or False)
         listing = list(api.list_repo_tree(repository, folder, recursive=True, revision=revision, repo_type="dataset"))
@@ -193,6 +194,16 @@ def _check(file: RemoteFile, part: Path, again: str) -> None:
         if found != file.sha256:
             part.unlink()
             raise NextLatError(f"{file.url} has sha256 {found}, {file.sha256} was expected; it was deleted{again}")
+
+
+def _reach(where: str) -> None:
+    """Fail at once without a connection; the hub's own client tries for half a minute."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint(), method="HEAD"), timeout=TIMEOUT).close()
+    except urllib.error.HTTPError:
+        return
+    except (http.client.HTTPException, OSError) as error:
+        raise NextLatError(f"{where} cannot be listed: no connection ({error})") from error
 
 
 def _refusal(status: int) -> str:
