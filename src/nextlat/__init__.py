@@ -4,8 +4,9 @@ Public names are loaded when they are first used, so that importing the package,
 help, does not import torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nextlat.lazy import lazy_names
 
 if TYPE_CHECKING:
     from nextlat.batch import IGNORE as IGNORE
@@ -39,13 +40,4 @@ _HOMES = {
 }
 
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'nextlat' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -4,8 +4,9 @@ Public names are loaded when they are first used, so that the
 processes that tokenise text do not import torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nextlat.lazy import lazy_names
 
 if TYPE_CHECKING:
     from nextlat.data.packing import Documents as Documents
@@ -23,29 +24,20 @@ if TYPE_CHECKING:
     from nextlat.data.tokenizer import train_bpe as train_bpe
 
 _HOMES = {
-    "Documents": "packing",
-    "Plan": "packing",
-    "ShardedTokens": "shards",
-    "TokenRows": "rows",
-    "Tokenizer": "tokenizer",
-    "best_fit": "packing",
-    "collect": "packing",
-    "fixed_stride": "packing",
-    "load_tokenizer": "tokenizer",
-    "pack": "packing",
-    "packed_rows": "packing",
-    "train_bpe": "tokenizer",
-    "write_shards": "shards",
+    "Documents": "nextlat.data.packing",
+    "Plan": "nextlat.data.packing",
+    "ShardedTokens": "nextlat.data.shards",
+    "TokenRows": "nextlat.data.rows",
+    "Tokenizer": "nextlat.data.tokenizer",
+    "best_fit": "nextlat.data.packing",
+    "collect": "nextlat.data.packing",
+    "fixed_stride": "nextlat.data.packing",
+    "load_tokenizer": "nextlat.data.tokenizer",
+    "pack": "nextlat.data.packing",
+    "packed_rows": "nextlat.data.packing",
+    "train_bpe": "nextlat.data.tokenizer",
+    "write_shards": "nextlat.data.shards",
 }
 
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'nextlat.data' has no attribute {name!r}")
-    return getattr(import_module(f"nextlat.data.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

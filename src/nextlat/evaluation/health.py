@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from nextlat.evaluation.rank import effective_rank
+from nextlat.evaluation.rank import effective_rank, held_out_states
 from nextlat.evaluation.rollout import rollout
 from nextlat.evaluation.subject import Subject
 from nextlat.statistics import Metric
@@ -27,11 +27,7 @@ def health(subject: Subject) -> dict[str, Metric]:
     of a dimension over positions, over ``rms``; ``effective_rank`` of the centred states; and, with a latent
     dynamics, ``transition_error_k``: see :func:`rollout`.
     """
-    states = []
-    for batch in subject.batches():
-        hidden = subject.lm(batch.tokens, batch.documents).hidden.float()
-        states.append(hidden.flatten(0, 1) if batch.documents is None else hidden[batch.documents >= 0])
-    h = torch.cat(states)
+    h = held_out_states(subject)
     h = h[:: max(1, len(h) // STATES)].double()  # (n, D)
     rms = h.square().mean().sqrt()
     deviation = h.std(0, unbiased=False) / rms.clamp(min=1e-30)

@@ -23,14 +23,19 @@ def participation_ratio(states: Tensor) -> float:
     return float(eigen.sum().square() / eigen.square().sum())
 
 
-@torch.no_grad()
-def rank(subject: Subject) -> dict[str, Metric]:
-    """Effective rank of the states the output head reads, raw and centred, and their participation ratio."""
+def held_out_states(subject: Subject) -> Tensor:
+    """(n, D) states the output head reads, fp32, of all held-out positions that are not padding; on the CPU."""
     states = []
     for batch in subject.batches():
         hidden = subject.lm(batch.tokens, batch.documents).hidden.float()
         states.append((hidden.flatten(0, 1) if batch.documents is None else hidden[batch.documents >= 0]).cpu())
-    h = torch.cat(states)  # (n, D)
+    return torch.cat(states)
+
+
+@torch.no_grad()
+def rank(subject: Subject) -> dict[str, Metric]:
+    """Effective rank of the states the output head reads, raw and centred, and their participation ratio."""
+    h = held_out_states(subject)  # (n, D)
     return {
         "effective_rank": Metric(effective_rank(h), n=len(h)),
         "effective_rank_centred": Metric(effective_rank(h - h.mean(0)), n=len(h)),

@@ -3,8 +3,9 @@
 Names are loaded when they are first used; importing this package imports neither torch nor transformers.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nextlat.lazy import lazy_names
 
 if TYPE_CHECKING:
     from nextlat.hf.adapter import HFModel as HFModel
@@ -17,24 +18,15 @@ if TYPE_CHECKING:
     from nextlat.hf.restore import import_run as import_run
 
 _HOMES = {
-    "GentleNextLat": "gentle",
-    "HFModel": "adapter",
-    "export_run": "export",
-    "import_run": "restore",
-    "load_dynamics": "dynamics",
-    "load_llama": "llama",
-    "run_harness": "harness",
-    "save_dynamics": "dynamics",
+    "GentleNextLat": "nextlat.hf.gentle",
+    "HFModel": "nextlat.hf.adapter",
+    "export_run": "nextlat.hf.export",
+    "import_run": "nextlat.hf.restore",
+    "load_dynamics": "nextlat.hf.dynamics",
+    "load_llama": "nextlat.hf.llama",
+    "run_harness": "nextlat.hf.harness",
+    "save_dynamics": "nextlat.hf.dynamics",
 }
 
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'nextlat.hf' has no attribute {name!r}")
-    return getattr(import_module(f"nextlat.hf.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
