@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nextlat.decoding.drafting import Drafted
 from nextlat.decoding.policies import Policy
 from nextlat.decoding.sampling import Sampling
 from nextlat.decoding.verification import Verification
@@ -74,8 +75,9 @@ def drafts(world: World, rules: Rules) -> dict[Text, float]:
                 out[text] = out.get(text, 0.0) + chance
                 continue
             longer = (*text, token)
-            one = torch.tensor([float(law[token])], dtype=torch.float64)
-            if len(longer) < rules.policy.max_length and bool(rules.policy.goes_on(len(longer), law[None], one)):
+            logits = world.drafter[text]
+            seen = Drafted(len(longer), torch.tensor([token]), logits[None], logits[None], law[None])
+            if len(longer) < rules.policy.max_length and bool(rules.policy.goes_on(seen)):
                 grow(longer, chance)
             else:
                 out[longer] = out.get(longer, 0.0) + chance

@@ -154,6 +154,7 @@ class Oracle:
     """Drafts a known text for one row, wrong at chosen places; its state is the place of the last token seen."""
 
     max_length = None
+    vocabulary = None
 
     def __init__(self, text: Tensor, wrong: set[int]) -> None:
         self.text, self.wrong, self.seen = text[0].tolist(), wrong, -1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from nextlat.errors import NextLatError
+
+if TYPE_CHECKING:
+    from nextlat.decoding.drafting import Drafted
 
 
 class Policy(Protocol):
@@ -20,21 +23,16 @@ class Policy(Protocol):
     max_length: int
     """No draft gets longer."""
 
-    def goes_on(self, drafted: int, law: Tensor, probability: Tensor) -> Tensor:
-        """Which rows draft one token more.
+    def goes_on(self, drafted: Drafted) -> Tensor:
+        """Which rows draft one token more: (B,) bool.
 
-        Args:
-            drafted: tokens drafted so far, at least 1.
-            law: (B, V) the law that the last one was drawn from.
-            probability: (B,) its probability under that law.
-
-        Returns:
-            (B,) bool.
+        Called after every drafted token, also when there is no room for another, so that a policy sees them all.
+        A round begins with ``drafted.position == 1``; rows may be fewer than in the round before.
         """
         ...
 
     def learn(self, drafted: list[int], accepted: list[int]) -> None:
-        """What a round came to: tokens drafted and kept, row by row."""
+        """What the round came to: tokens drafted and kept, row by row; 0 of 0 for a row that is done."""
         ...
 
 
@@ -51,9 +49,9 @@ class Static:
     def __init__(self, length: int) -> None:
         self.max_length = check_length(length)
 
-    def goes_on(self, drafted: int, law: Tensor, probability: Tensor) -> Tensor:
+    def goes_on(self, drafted: Drafted) -> Tensor:
         """Until the length is reached."""
-        return torch.ones_like(probability, dtype=torch.bool)
+        return torch.ones_like(drafted.column, dtype=torch.bool)
 
     def learn(self, drafted: list[int], accepted: list[int]) -> None:
         """Nothing to learn."""
@@ -68,9 +66,9 @@ class Confidence(Static):
             raise NextLatError(f"the confidence threshold is {threshold}; it must lie between 0 and 1")
         self.threshold = threshold
 
-    def goes_on(self, drafted: int, law: Tensor, probability: Tensor) -> Tensor:
+    def goes_on(self, drafted: Drafted) -> Tensor:
         """While the drafter is sure."""
-        return law.amax(-1) >= self.threshold
+        return drafted.law.amax(-1) >= self.threshold
 
 
 class Entropy(Static):
@@ -83,7 +81,7 @@ class Entropy(Static):
         super().__init__(length)
         self.limit, self.scale = limit, scale
 
-    def goes_on(self, drafted: int, law: Tensor, probability: Tensor) -> Tensor:
+    def goes_on(self, drafted: Drafted) -> Tensor:
         """While the law is sharp."""
-        entropy: Tensor = torch.special.entr(law).sum(-1)
+        entropy: Tensor = torch.special.entr(drafted.law).sum(-1)
         return 1 - (self.scale * entropy).sqrt() >= self.limit

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextlat.decoding.drafting import draft
 from nextlat.decoding.policies import Policy, Static
 from nextlat.decoding.sampling import Sampling, draw
 from nextlat.decoding.verification import Verification, find_verification, greedy
@@ -179,7 +180,9 @@ def _rounds(
             state = drafter.select(state, index) if drafter is not None else None
         # a row gains at least one token without a draft
         room = torch.tensor([0 if row.done else min(policy.max_length, row.left - 1) for row in rows], device=device)
-        made = _draft(drafter, state, pending, sampling, policy, room, uniform) if drafter is not None else None
+        made = None
+        if drafter is not None:
+            made = draft(drafter, state, pending, sampling, policy, room, logits.shape[-1], uniform)
         tokens = pending[:, None] if made is None else torch.cat([pending[:, None], made.tokens], 1)
         begins = list(cache.lengths)
         output = lm(tokens, cache=cache)
@@ -206,41 +209,6 @@ def _rounds(
         heads = [one[:n] for one, n in zip(drafts.tolist(), kept, strict=True)]
         news = [[*head, token] for head, token in zip(heads, pending.tolist(), strict=True)]
         yield _emit(rows, news, statistics)
-
-
-@dataclass
-class _Drafts:
-    tokens: Tensor
-    """(B, K)"""
-    laws: Tensor
-    """(B, K, V), empty when greedy."""
-    lengths: Tensor
-    """(B,)"""
-
-
-def _draft(
-    drafter: Drafter, state: Any, token: Tensor, sampling: Sampling, policy: Policy, room: Tensor, uniform: Any
-) -> _Drafts | None:
-    """Draft behind the known token while some row may; ``None`` if none may."""
-    tokens, laws, lengths = [], [], torch.zeros_like(room)
-    going = room > 0
-    while bool(going.any()):
-        state, logits = drafter.step(state, token)
-        law = sampling.law(logits)
-        token = logits.argmax(-1) if sampling.greedy else draw(law, uniform(len(law)))
-        tokens.append(token)
-        if not sampling.greedy:
-            laws.append(law)
-        lengths = lengths + going
-        going = going & (lengths < room)
-        if bool(going.any()):
-            # at temperature 0 the policy still sees how sure the drafter is
-            seen = logits.float().softmax(-1) if sampling.greedy else law
-            going = going & policy.goes_on(len(tokens), seen, seen.gather(-1, token[:, None])[:, 0])
-    if not tokens:
-        return None
-    stacked = torch.stack(laws, 1) if laws else torch.empty(0, device=room.device)
-    return _Drafts(torch.stack(tokens, 1), stacked, lengths)
 
 
 def _emit(rows: list[_Row], news: list[list[int]], statistics: Statistics) -> list[tuple[int, list[int]]]:

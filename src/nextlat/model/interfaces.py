@@ -51,13 +51,15 @@ class Drafter(Protocol):
 
     max_length: int | None
     """Longest draft it can make; ``None`` means any."""
+    vocabulary: Tensor | None
+    """(V',) int64 tokens that its logits are of, increasing; ``None`` means all."""
 
     def observe(self, output: LMOutput, accepted: Tensor) -> Any:
         """State after a trunk call: ``accepted`` (B,) is the index of each row's last accepted position."""
         ...
 
     def step(self, state: Any, token: Tensor) -> tuple[Any, Tensor]:
-        """Feed (B,) tokens; return the next state and (B, V) logits to draft from."""
+        """Feed (B,) tokens; return the next state and (B, V), or (B, V'), logits to draft from."""
         ...
 
     def select(self, state: Any, rows: Tensor) -> Any:

@@ -184,6 +184,7 @@ class JTPDrafter:
     """Drafts the first token from the model's own logits, token i + 1 from slot i after the tokens drafted so far."""
 
     max_length: int | None
+    vocabulary: Tensor | None = None
 
     def __init__(self, objective: JTP) -> None:
         self.objective = objective

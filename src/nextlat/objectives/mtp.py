@@ -259,6 +259,7 @@ class MTPDrafter:
     """Drafts the first token from the model's own logits, token j + 1 from head j, independent of each other."""
 
     max_length: int | None
+    vocabulary: Tensor | None = None
 
     def __init__(self, objective: MTP) -> None:
         self.objective = objective

@@ -299,6 +299,7 @@ class LatentDrafter:
     """
 
     max_length: int | None = None
+    vocabulary: Tensor | None = None
 
     def __init__(self, dynamics: nn.Module, model: StateModel) -> None:
         self.dynamics, self.model = dynamics, model

@@ -1,0 +1,107 @@
+"""Drafting a chain of tokens, one by one, while a policy says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nextlat.decoding.policies import Policy
+from nextlat.decoding.sampling import Sampling, draw
+from nextlat.model.interfaces import Drafter
+
+Uniform = Callable[..., Tensor]
+"""``uniform(*shape)``: float64 draws from [0, 1), on the CPU."""
+
+
+@dataclass
+class Drafted:
+    """The token that all rows have just drafted: what a policy may look at.
+
+    Columns are those of the drafter's vocabulary, which may be a part of the model's.
+    """
+
+    position: int
+    """1, 2, ... in this draft."""
+    column: Tensor
+    """(B,) int64 the drafted token, as a column of ``logits``."""
+    logits: Tensor
+    """(B, V) of the drafter."""
+    state: Any
+    """The drafter's state that gave them; for nextlat (B, D)."""
+    drawn_from: Tensor | None = None
+    """(B, V) the law that the token was drawn from; ``None`` at temperature 0."""
+
+    @cached_property
+    def law(self) -> Tensor:
+        """(B, V) the law that the token was drawn from; at temperature 0 the drafter's own law."""
+        return self.logits.float().softmax(-1) if self.drawn_from is None else self.drawn_from
+
+    @cached_property
+    def probability(self) -> Tensor:
+        """(B,) probability of the token under :attr:`law`."""
+        return self.law.gather(-1, self.column[:, None])[:, 0]
+
+
+class Drafts(NamedTuple):
+    """What all rows drafted in a round."""
+
+    tokens: Tensor
+    """(B, K) int64."""
+    laws: Tensor
+    """(B, K, V) laws they were drawn from, over the model's vocabulary; empty at temperature 0."""
+    lengths: Tensor
+    """(B,) int64 how many of the K each row drafted."""
+
+
+def draft(
+    drafter: Drafter,
+    state: Any,
+    token: Tensor,
+    sampling: Sampling,
+    policy: Policy,
+    room: Tensor,
+    vocab_size: int,
+    uniform: Uniform,
+) -> Drafts | None:
+    """Draft behind the known tokens while some row may.
+
+    Args:
+        drafter: makes the laws.
+        state: its state after the last accepted position.
+        token: (B,) the known tokens behind it.
+        sampling: how laws are made of logits.
+        policy: is shown every drafted token, and asked whether to go on.
+        room: (B,) int64 most tokens that each row may draft.
+        vocab_size: size V of the model's vocabulary.
+        uniform: source of the draws.
+
+    Returns:
+        ``None`` if no row may draft anything.
+    """
+    tokens, laws, lengths = [], [], torch.zeros_like(room)
+    vocabulary = drafter.vocabulary
+    longest = int(room.max())
+    going = room > 0
+    for position in range(1, longest + 1):
+        state, logits = drafter.step(state, token)
+        law = None if sampling.greedy else sampling.law(logits)
+        column = logits.argmax(-1) if law is None else draw(law, uniform(len(law)))
+        token = column if vocabulary is None else vocabulary[column]
+        tokens.append(token)
+        if law is not None:
+            laws.append(
+                law if vocabulary is None else law.new_zeros(len(law), vocab_size).index_copy_(1, vocabulary, law)
+            )
+        lengths = lengths + going
+        going = policy.goes_on(Drafted(position, column, logits, state, law)) & going & (lengths < room)
+        if position < longest and not bool(going.any()):
+            break
+    if not tokens:
+        return None
+    stacked = torch.stack(laws, 1) if laws else torch.empty(0, device=room.device)
+    return Drafts(torch.stack(tokens, 1), stacked, lengths)
