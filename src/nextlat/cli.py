@@ -55,7 +55,7 @@ def train(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    names: Annotated[Optional[list[str]], typer.Argument(help="Measurements; default accuracy.")] = None,  # noqa: UP045
+    names: Annotated[Optional[list[str]], typer.Argument(help="Measurements; default the task's own.")] = None,  # noqa: UP045
     dynamics: Annotated[
         str, typer.Option(help="own, or posthoc: the network that fit-dynamics fitted to the frozen model.")
     ] = "own",
@@ -68,17 +68,37 @@ def evaluate(
     ] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="For harness: examples a task, for a trial.")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(min=1, help="For harness: rows a forward pass.")] = 16,
+    domains: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="For speculative, with commas: held_out, prose, code, documentation, arithmetic, or from the hub "
+            "wikipedia, books, hub_code, mathematics, or files of text. Default: all that need no connection."
+        ),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="For speculative: prompts of a domain.")] = 8,
+    prompt_tokens: Annotated[Optional[int], typer.Option(min=1, help="For speculative; default half a row.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[Optional[int], typer.Option(min=1, help="For speculative; default half a row.")] = None,  # noqa: UP045
+    temperature: Annotated[float, typer.Option(min=0, help="For speculative: 0 is greedy.")] = 0.0,
 ) -> None:
-    """Measure a trained run on held-out data; writes RUN/evaluations/NAME.json. harness runs lm-eval tasks."""
-    names = names or ["accuracy"]
-    others = [name for name in names if name != "harness"]
-    if tasks is not None and others == names:
-        raise NextLatError("--tasks belongs to harness: nextlat evaluate RUN harness --tasks ...")
-    if others:
+    """Measure a trained run on held-out data; writes RUN/evaluations/NAME.json.
+
+    harness runs lm-eval tasks; speculative measures drafts by kind of text against cached decoding.
+    """
+    names = names or []
+    others = [name for name in names if name not in ("harness", "speculative")]
+    for option, value, name in (("--tasks", tasks, "harness"), ("--domains", domains, "speculative")):
+        if value is not None and name not in names:
+            raise NextLatError(f"{option} belongs to {name}: nextlat evaluate RUN {name} {option} ...")
+    if others or not names:
         from nextlat.commands import evaluate_command
 
         evaluate_command(run, others, dynamics, split, checkpoint, device)
-    if others != names:
+    if "speculative" in names:
+        from nextlat.decoding.command import Survey, speculative_command
+
+        survey = Survey(domains, prompts, prompt_tokens, max_new_tokens, temperature)
+        speculative_command(run, survey, checkpoint, device)
+    if "harness" in names:
         from nextlat.hf.command import harness_command
 
         harness_command(run, tasks, limit, batch_size, checkpoint, device)
@@ -91,14 +111,21 @@ def generate(
     tokens: Annotated[Optional[str], typer.Option(help="Token ids to continue, such as 1,2,3.")] = None,  # noqa: UP045
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[Optional[int], typer.Option(help="Draw from the k most likely tokens.")] = None,  # noqa: UP045
+    top_p: Annotated[Optional[float], typer.Option(help="Draw from the fewest tokens of joint probability p.")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(min=0, help="Of the draws, above temperature 0.")] = 0,
+    speculative: Annotated[
+        str,
+        typer.Option(help="Draft and verify: a number of tokens, or auto, which times this machine. Same text law."),
+    ] = "off",
     checkpoint: Annotated[str, typer.Option(help="newest or best.")] = "newest",
     device: Device = None,
 ) -> None:
     """Continue a prompt with a trained run; prints what is new."""
-    from nextlat.hf.command import generate_command
+    from nextlat.decoding.command import Request, generate_command
 
-    generate_command(run, prompt, tokens, max_new_tokens, temperature, seed, checkpoint, device)
+    request = Request(prompt, tokens, max_new_tokens, temperature, top_k, top_p, seed, speculative)
+    generate_command(run, request, checkpoint, device)
 
 
 @app.command()
@@ -139,6 +166,22 @@ def fit_dynamics(
     from nextlat.commands import fit_dynamics_command
 
     fit_dynamics_command(run, steps, hidden_dim, horizon, kl_weight, device)
+
+
+@app.command("fit-acceptance")
+def fit_acceptance(
+    run: Annotated[Path, typer.Argument(help="A run directory of nextlat, mtp or jtp.")],
+    temperature: Annotated[float, typer.Option(min=0, help="Of the text that is drafted; 0 is greedy.")] = 1.0,
+    prompts: Annotated[int, typer.Option(min=2, help="Texts to continue; a fifth of them is only measured on.")] = 64,
+    length: Annotated[int, typer.Option(min=1, help="Of the drafts, at most what the drafter makes.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Of the fit.")] = 300,
+    state: Annotated[bool, typer.Option(help="Read the drafter's state beside its law.")] = True,
+    device: Device = None,
+) -> None:
+    """Fit a small network that foresees which drafted tokens are kept; writes RUN/posthoc/acceptance.safetensors."""
+    from nextlat.commands import fit_acceptance_command
+
+    fit_acceptance_command(run, temperature, prompts, length, steps, state, device)
 
 
 @app.command()
@@ -214,8 +257,11 @@ def conformance(
 
 @app.command()
 def bench(
-    suites: Annotated[Optional[list[str]], typer.Argument(help="loss, attention, train; default all three.")] = None,  # noqa: UP045
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions: five minutes for all three.")] = False,
+    suites: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="loss, attention, train, decode; default all. decode RUN... measures runs."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions: minutes.")] = False,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")] = None,  # noqa: UP045
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; with 1, processor time is compared.")] = 1,
     tiny: Annotated[bool, typer.Option("--tiny", hidden=True)] = False,

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def train_command(
                 f"{resume} was started with another configuration ({'; '.join(changed)}); resume it as it is"
             )
         built = build(run.config)
+        run.refuse_changed_data(built.task.description())
     else:
         assert config is not None
         built = build(config)
@@ -123,7 +125,7 @@ def show_metrics(metrics: Mapping[str, Metric]) -> None:
 def evaluate_command(
     run: Path, names: Sequence[str], dynamics: str, split: str | None, checkpoint: str, device: str | None
 ) -> None:
-    """Measure a run and print what was found."""
+    """Measure a run, by default what ranks its checkpoints, and print what was found."""
     from nextlat.evaluation import find_evaluation
     from nextlat.training.trained import evaluate_run, load_run
 
@@ -134,7 +136,7 @@ def evaluate_command(
     for name in names:
         find_evaluation(name)
     trained = load_run(run, device, checkpoint)
-    for name, metrics in evaluate_run(trained, names, dynamics, split).items():
+    for name, metrics in evaluate_run(trained, names or [trained.built.task.headline], dynamics, split).items():
         print(f"{name} of {run} at step {trained.step}")
         show_metrics(metrics)
 
@@ -148,6 +150,24 @@ def fit_dynamics_command(
     path, losses = fit_dynamics(load_run(run, device), steps, hidden_dim, horizon, kl_weight)
     print(f"latent loss {losses[0]:.4g} at the first step, {losses[-1]:.4g} at step {len(losses)}")
     print(f"wrote {path}; measure with: nextlat evaluate {run} rollout --dynamics posthoc")
+
+
+def fit_acceptance_command(
+    run: Path, temperature: float, prompts: int, length: int, steps: int, state: bool, device: str | None
+) -> None:
+    """Fit an acceptance head and say how well calibrated it is on held-out drafts."""
+    from nextlat.training.acceptance import fit_acceptance
+    from nextlat.training.trained import load_run
+
+    path, fit = fit_acceptance(load_run(run, device), temperature, prompts, length, steps, state)
+    print(f"fitted to {fit.examples} drafted tokens, measured on {fit.held_out} of other prompts")
+    table = Table(box=None, pad_edge=False)
+    for column in ("chances from", "log loss", "Brier score"):
+        table.add_column(column, justify="left" if column == "chances from" else "right")
+    for name, score in (("head", fit.head_score), ("bins learned online", fit.bins), ("a constant", fit.constant)):
+        table.add_row(name, f"{score.log_loss:.4f}", f"{score.brier:.4f}")
+    Console(soft_wrap=True).print(table)
+    print(f"wrote {path}")
 
 
 def sweep_command(
@@ -286,7 +306,13 @@ def bench_command(suites: Sequence[str], effort: Effort, json_file: Path | None,
     from nextlat.bench.results import WIDTH, described, machine, notes, table
     from nextlat.files import write_json
 
-    chosen = {name: find_suite(name) for name in suites or SUITES}
+    runs = [Path(name) for name in suites if (Path(name) / "config.yaml").is_file()]
+    named = [name for name in suites if Path(name) not in runs]
+    chosen = {name: find_suite(name) for name in named or SUITES}
+    if runs and named != ["decode"]:
+        raise NextLatError(f"runs are measured by decode alone: nextlat bench decode {' '.join(map(str, runs))}")
+    if runs:
+        chosen = {"decode": partial(chosen["decode"], runs=runs)}
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise NextLatError(f"--json {json_file}: its folder does not exist; make {json_file.absolute().parent} first")
     torch.set_num_threads(threads)

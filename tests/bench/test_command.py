@@ -38,6 +38,14 @@ LINES = {
         "bst step: loop over sequences / ours",
         "bst step: difference of the losses",
     ],
+    "decode": [
+        "generation: whole text again / cached",
+        "draft step / cached step",
+        "verifying 4 positions / one",
+        "decoding, acceptance 0.8: plain / drafted",
+        "share of the bound reached, acceptance 0.95",
+        "8 rows, acceptance 0.8: plain / drafted",
+    ],
 }
 
 

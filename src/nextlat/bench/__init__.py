@@ -12,15 +12,16 @@ SUITES = {
     "loss": "nextlat.bench.loss",
     "attention": "nextlat.bench.attention",
     "train": "nextlat.bench.train",
+    "decode": "nextlat.bench.decode",
 }
-"""Module of each suite; it has ``run(effort) -> Iterator[Result]``."""
+"""Module of each suite; it has ``run(effort) -> Iterator[Result]``. Decode's takes trained runs as well."""
 
 
-def find_suite(name: str) -> Callable[[Effort], Iterator[Result]]:
+def find_suite(name: str) -> Callable[..., Iterator[Result]]:
     """The function that measures a suite, one result at a time."""
     if name not in SUITES:
         raise unknown("benchmark", name, SUITES)
-    run: Callable[[Effort], Iterator[Result]] = import_module(SUITES[name]).run
+    run: Callable[..., Iterator[Result]] = import_module(SUITES[name]).run
     return run
 
 

@@ -35,6 +35,8 @@ class Drafted:
     """The drafter's state that gave them; for nextlat (B, D)."""
     drawn_from: Tensor | None = None
     """(B, V) the law that the token was drawn from; ``None`` at temperature 0."""
+    going: Tensor | None = None
+    """(B,) bool rows that drafted it; the others had stopped before, and it is not verified. ``None``: all."""
 
     @cached_property
     def law(self) -> Tensor:
@@ -98,7 +100,7 @@ def draft(
                 law if vocabulary is None else law.new_zeros(len(law), vocab_size).index_copy_(1, vocabulary, law)
             )
         lengths = lengths + going
-        going = policy.goes_on(Drafted(position, column, logits, state, law)) & going & (lengths < room)
+        going = policy.goes_on(Drafted(position, column, logits, state, law, going)) & going & (lengths < room)
         if position < longest and not bool(going.any()):
             break
     if not tokens:

@@ -10,6 +10,7 @@ from torch import Tensor
 from nextlat.decoding.policies import Policy
 from nextlat.decoding.sampling import Sampling
 from nextlat.decoding.speculative import Statistics, decode
+from nextlat.decoding.tree import Tree
 from nextlat.model.interfaces import CausalLM, Drafter
 
 
@@ -26,7 +27,7 @@ def generate(
     stop_tokens: Collection[int] = (),
     context_length: int | None = None,
     drafter: Drafter | None = None,
-    policy: Policy | None = None,
+    policy: Policy | Tree | None = None,
     verification: str = "block",
     statistics: Statistics | None = None,
 ) -> Tensor:
@@ -44,8 +45,8 @@ def generate(
         stop_tokens: a row ends with the first of them and is filled up with it.
         context_length: most positions of prompt and continuation together.
         drafter: guesses tokens ahead, which changes the speed and not the law of what comes out.
-        policy: how long drafts are; needed with a drafter.
-        verification: ``block`` or ``token``.
+        policy: how long drafts are, or the shape of drafts that branch; needed with a drafter.
+        verification: ``block`` or ``token``, for drafts that do not branch.
         statistics: filled while decoding.
 
     Returns:

@@ -23,6 +23,10 @@ class Policy(Protocol):
     max_length: int
     """No draft gets longer."""
 
+    def starts(self) -> bool:
+        """Whether a round drafts at all; asked before its first token."""
+        ...
+
     def goes_on(self, drafted: Drafted) -> Tensor:
         """Which rows draft one token more: (B,) bool.
 
@@ -48,6 +52,10 @@ class Static:
 
     def __init__(self, length: int) -> None:
         self.max_length = check_length(length)
+
+    def starts(self) -> bool:
+        """Always."""
+        return True
 
     def goes_on(self, drafted: Drafted) -> Tensor:
         """Until the length is reached."""
@@ -85,3 +93,29 @@ class Entropy(Static):
         """While the law is sharp."""
         entropy: Tensor = torch.special.entr(drafted.law).sum(-1)
         return 1 - (self.scale * entropy).sqrt() >= self.limit
+
+
+class Heuristic(Static):
+    """Two tokens more after a draft that was kept whole, one less after any other, at least one.
+
+    The default rule of assisted generation in Hugging Face transformers before it stopped by confidence, which is
+    ``Confidence(20, 0.4)`` here. The rows of a batch have one length: it grows only if all drafts were kept whole.
+
+    Args:
+        length: no draft gets longer.
+        first: length of the first draft.
+    """
+
+    def __init__(self, length: int, first: int = 5) -> None:
+        super().__init__(length)
+        self.current = max(1, min(check_length(first), length))
+
+    def goes_on(self, drafted: Drafted) -> Tensor:
+        """Until the current length is reached."""
+        return torch.full_like(drafted.column, drafted.position < self.current, dtype=torch.bool)
+
+    def learn(self, drafted: list[int], accepted: list[int]) -> None:
+        """Grow or shrink."""
+        if any(drafted):
+            change = 2 if drafted == accepted else -1
+            self.current = max(1, min(self.current + change, self.max_length))

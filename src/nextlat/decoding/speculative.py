@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nextlat.decoding.drafting import draft
 from nextlat.decoding.policies import Policy, Static
+from nextlat.decoding.rounds import Setting, play_chain
 from nextlat.decoding.sampling import Sampling, draw
-from nextlat.decoding.verification import Verification, find_verification, greedy
+from nextlat.decoding.tree import Tree, play_tree
+from nextlat.decoding.verification import Verification, find_verification
 from nextlat.errors import NextLatError
 from nextlat.model.interfaces import CausalLM, Drafter
 
@@ -29,9 +31,10 @@ class Statistics:
     """Tokens produced."""
     drafted: list[int] = field(default_factory=list)
     """How often a token was drafted at position 1, 2, ... of a draft. The token that every round yields without a
-    draft, the one behind the last kept token, is not counted."""
+    draft, the one behind the last kept token, is not counted. A tree counts at 1, 2, ... as far as it is deep."""
     reached: list[int] = field(default_factory=list)
-    """How often all drafted tokens before it were kept, so that it was its turn."""
+    """How often all drafted tokens before it were kept, so that it was its turn; in a tree, the turn of that depth,
+    whether or not the kept node had children there."""
     accepted: list[int] = field(default_factory=list)
     """How often it was kept."""
 
@@ -44,6 +47,17 @@ class Statistics:
     def acceptance(self) -> list[float]:
         """Share of drafted tokens that were kept, by position, among those whose turn it was."""
         return [kept / max(turns, 1) for kept, turns in zip(self.accepted, self.reached, strict=True)]
+
+    def add(self, other: Statistics) -> None:
+        """Add what another decoding did."""
+        self.calls += other.calls
+        self.rounds += other.rounds
+        self.tokens += other.tokens
+        for name in ("drafted", "reached", "accepted"):
+            one, more = getattr(self, name), getattr(other, name)
+            longest = max(len(one), len(more))
+            padded = ([*counts, *[0] * (longest - len(counts))] for counts in (one, more))
+            setattr(self, name, [a + b for a, b in zip(*padded, strict=True)])
 
     def count(self, drafted: int, accepted: int) -> None:
         """Add a row's round."""
@@ -84,7 +98,7 @@ def decode(
     sampling: Sampling,
     *,
     drafter: Drafter | None = None,
-    policy: Policy | None = None,
+    policy: Policy | Tree | None = None,
     verification: str = "block",
     lengths: Sequence[int] | None = None,
     stop_tokens: Collection[int] = (),
@@ -104,8 +118,8 @@ def decode(
         max_new_tokens: tokens for each row, exactly, unless it meets a stop token.
         sampling: how laws are made of logits, of the model and of the drafter alike.
         drafter: guesses tokens ahead; ``None`` decodes token by token.
-        policy: how long drafts are; needed with a drafter.
-        verification: ``block`` or ``token``; see :mod:`nextlat.decoding.verification`.
+        policy: how long drafts are, or the shape of drafts that branch; needed with a drafter.
+        verification: ``block`` or ``token``; see :mod:`nextlat.decoding.verification`. A tree has a rule of its own.
         lengths: true lengths of the prompts; default P each.
         stop_tokens: a row ends with the first of them, also inside a draft.
         context_length: most positions of prompt and continuation together; ``None`` for no limit.
@@ -122,10 +136,11 @@ def decode(
     lengths = list(lengths) if lengths is not None else [prompts.shape[1]] * len(prompts)
     _check(lm, prompts, lengths, max_new_tokens, context_length)
     policy = policy if drafter is not None and policy is not None else Static(0)
-    if drafter is not None and drafter.max_length is not None and policy.max_length >= drafter.max_length:
+    longest = drafter.max_length if drafter is not None else None
+    if longest is not None and not isinstance(policy, Tree) and policy.max_length >= longest:
         raise NextLatError(
             f"a draft of {policy.max_length} tokens behind the known one is asked for, and this drafter makes at most "
-            f"{drafter.max_length - 1}; ask for less, or train with a longer horizon"
+            f"{longest - 1}; ask for less, or train with a longer horizon"
         )
     return _rounds(
         lm,
@@ -149,7 +164,7 @@ def _rounds(
     max_new_tokens: int,
     sampling: Sampling,
     drafter: Drafter | None,
-    policy: Policy,
+    policy: Policy | Tree,
     judge: Verification,
     lengths: list[int],
     stop_tokens: Collection[int],
@@ -162,7 +177,8 @@ def _rounds(
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
-    cache = lm.new_cache(len(rows), prompts.shape[1] + max_new_tokens + policy.max_length)
+    spare = policy.nodes if isinstance(policy, Tree) else policy.max_length
+    cache = lm.new_cache(len(rows), prompts.shape[1] + max_new_tokens + spare)
     output = lm(prompts, cache=cache)
     statistics.calls += 1
     cache.lengths = list(lengths)
@@ -170,6 +186,11 @@ def _rounds(
     logits = output.logits[torch.arange(len(rows), device=device), last]
     pending = logits.argmax(-1) if sampling.greedy else draw(sampling.law(logits), uniform(len(rows)))
     state: Any = drafter.observe(output, last) if drafter is not None else None
+    setting = Setting(lm, drafter, cache, sampling, uniform, logits.shape[-1])
+    if isinstance(policy, Tree):
+        play = partial(play_tree, setting, policy)
+    else:
+        play = partial(play_chain, setting, policy, judge)
     yield _emit(rows, [[token] for token in pending.tolist()], statistics)
     while not all(row.done for row in rows):
         if 2 * sum(not row.done for row in rows) <= len(rows):
@@ -180,34 +201,19 @@ def _rounds(
             state = drafter.select(state, index) if drafter is not None else None
         # a row gains at least one token without a draft
         room = torch.tensor([0 if row.done else min(policy.max_length, row.left - 1) for row in rows], device=device)
-        made = None
-        if drafter is not None:
-            made = draft(drafter, state, pending, sampling, policy, room, logits.shape[-1], uniform)
-        tokens = pending[:, None] if made is None else torch.cat([pending[:, None], made.tokens], 1)
         begins = list(cache.lengths)
-        output = lm(tokens, cache=cache)
+        output, tokens, drafted, accepted, path, pending = play(state, pending, room)
         statistics.calls += 1
-        drafts = tokens[:, 1:]
-        drafted = torch.zeros_like(room) if made is None else made.lengths
-        if sampling.greedy:
-            accepted, pending = greedy(output.logits.argmax(-1), drafts, drafted)
-        elif made is None:
-            accepted, pending = drafted, draw(sampling.law(output.logits[:, 0]), uniform(len(rows)))
-        else:
-            coins = uniform(*drafts.shape).to(device)
-            p = sampling.law(output.logits)
-            verdict = judge(p, made.laws, drafts, drafted, coins.to(p.dtype))
-            accepted, pending = verdict.accepted, draw(verdict.law, uniform(len(rows)))
         if drafter is not None:
-            state = drafter.observe(output, accepted)
+            state = drafter.observe(output, path.gather(1, accepted[:, None])[:, 0])
         kept = accepted.tolist()
-        cache.lengths = [begin if row.done else begin + n + 1 for row, begin, n in zip(rows, begins, kept, strict=True)]
+        places = [one[: n + 1] for one, n in zip(path.tolist(), kept, strict=True)]
+        cache.keep([[] if row.done else one for row, one in zip(rows, places, strict=True)], begins)
         for row, n, m in zip(rows, drafted.tolist(), kept, strict=True):
             if not row.done:
                 statistics.count(n, m)
-        policy.learn(drafted.tolist(), kept)
-        heads = [one[:n] for one, n in zip(drafts.tolist(), kept, strict=True)]
-        news = [[*head, token] for head, token in zip(heads, pending.tolist(), strict=True)]
+        seen = zip(tokens.tolist(), places, pending.tolist(), strict=True)
+        news = [[*(one[place] for place in way[1:]), token] for one, way, token in seen]
         yield _emit(rows, news, statistics)
 
 

@@ -14,6 +14,7 @@ from nextlat import options
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model.cache import Cache
+from nextlat.model.head import OutputHead, Readout
 from nextlat.model.interfaces import CausalLM, LMOutput
 from nextlat.model.trunk import Transformer
 from nextlat.objectives.base import Objective, Term, check_horizon, check_weight
@@ -165,7 +166,9 @@ class JTPModel:
         hidden = objective.model.hidden_states(tokens, documents, **extra)
         embeddings = F.embedding(tokens, objective.model.embedding_weight)
         state = objective.fetch(hidden, embeddings[..., None, :])[..., 0, :]
-        logits = F.linear(state, objective.model.head_weight)
+        # our trunk's head as a module, so that whatever stands in for it is used
+        model = objective.model
+        logits = model.lm_head(state) if isinstance(model, Transformer) else F.linear(state, model.head_weight)
         return LMOutput(logits, hidden, cache, probe_state=hidden, draft_features=embeddings)
 
 
@@ -185,9 +188,11 @@ class JTPDrafter:
 
     max_length: int | None
     vocabulary: Tensor | None = None
+    network: None = None
 
     def __init__(self, objective: JTP) -> None:
         self.objective = objective
+        self.head: Readout = OutputHead(objective.model)
         self.max_length = objective.horizon + 1
 
     def observe(self, output: LMOutput, accepted: Tensor) -> JTPState:
@@ -220,7 +225,7 @@ class JTPDrafter:
         grown = (torch.cat(pair, 1) for pair in zip(state[1:], fetch.keys_values(slots), strict=True))
         state = JTPState(state.hidden, *grown)
         predicting = fetch.mix(state.hidden, slots, state.keys, state.values, first=slot)[:, 0]
-        return state, F.linear(predicting, self.objective.model.head_weight)
+        return state, self.head(predicting)
 
     def select(self, state: JTPState, rows: Tensor) -> JTPState:
         """The state of chosen rows."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import NamedTuple, Self, cast
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from nextlat import options
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model.cache import Cache
+from nextlat.model.head import OutputHead, Readout
 from nextlat.model.interfaces import LMOutput
 from nextlat.model.norm import RMSNorm
 from nextlat.model.trunk import Block, Context, Transformer, init_normal, run_blocks
@@ -260,9 +260,11 @@ class MTPDrafter:
 
     max_length: int | None
     vocabulary: Tensor | None = None
+    network: None = None
 
     def __init__(self, objective: MTP) -> None:
         self.objective = objective
+        self.head: Readout = OutputHead(objective.trunk)
         self.max_length = objective.horizon + 1
 
     def observe(self, output: LMOutput, accepted: Tensor) -> MTPState:
@@ -289,7 +291,7 @@ class MTPDrafter:
                 f"mtp with horizon = {self.objective.horizon} drafts at most {self.max_length} tokens a round; "
                 f"draft {self.max_length} or fewer, or train with a longer horizon"
             )
-        logits = F.linear(state.states[:, state.drafted], self.objective.trunk.head_weight)
+        logits = self.head(state.states[:, state.drafted])
         return state._replace(drafted=state.drafted + 1), logits
 
     def select(self, state: MTPState, rows: Tensor) -> MTPState:

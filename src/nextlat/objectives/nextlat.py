@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nextlat import options
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
+from nextlat.model.head import OutputHead, Readout
 from nextlat.model.interfaces import LMOutput
 from nextlat.model.trunk import Transformer
 from nextlat.objectives.base import Objective, StateModel, Term, check_horizon, check_weight
@@ -302,7 +303,8 @@ class LatentDrafter:
     vocabulary: Tensor | None = None
 
     def __init__(self, dynamics: nn.Module, model: StateModel) -> None:
-        self.dynamics, self.model = dynamics, model
+        self.network, self.model = dynamics, model
+        self.head: Readout = OutputHead(model)
 
     def observe(self, output: LMOutput, accepted: Tensor) -> Tensor:
         """(B, D) trunk states at each row's last accepted position, an index (B,) into the call's positions."""
@@ -310,8 +312,8 @@ class LatentDrafter:
 
     def step(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """Feed (B,) tokens; next (B, D) state and (B, V) logits of the token after them."""
-        state = self.dynamics(state, F.embedding(token, self.model.embedding_weight))
-        return state, F.linear(state, self.model.head_weight)
+        state = self.network(state, F.embedding(token, self.model.embedding_weight))
+        return state, self.head(state)
 
     def select(self, state: Tensor, rows: Tensor) -> Tensor:
         """The states of chosen rows."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from nextlat.training.gradients import group_of
 from nextlat.training.run import RunDirectory
 
 LINES = 40
@@ -74,8 +75,7 @@ class Progress:
         shares: dict[str, float] = {}
         for key, value in row.items():
             if key.endswith(".share"):
-                name = key.removesuffix(".share")
-                group = name.rpartition("_")[0] if name.rpartition("_")[2].isdigit() else name
+                group = group_of(key.removesuffix(".share"))
                 shares[group] = shares.get(group, 0.0) + value
         parts = [f"step {step}/{self.steps}"]
         parts += [f"{name} {row[name]:.4f} ({share:.0%})" for name, share in shares.items()]

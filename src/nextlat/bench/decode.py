@@ -1,0 +1,272 @@
+"""Decoding: the cache, drafts of a dialled acceptance, and the drafts of trained runs against cached decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nextlat.bench.measure import Arm, Ratio, Timing, compare, interleave, seconds
+from nextlat.bench.replay import Replay, steady
+from nextlat.bench.results import Effort, Result, milliseconds
+from nextlat.decoding.cheap import cheaper, frequent_tokens
+from nextlat.decoding.costs import Costs, measure_costs
+from nextlat.decoding.generate import generate
+from nextlat.decoding.packed import packed
+from nextlat.decoding.policies import Static
+from nextlat.decoding.speculative import Statistics
+from nextlat.model.interfaces import CausalLM
+from nextlat.model.trunk import Transformer
+from nextlat.objectives.nextlat import NextLat
+
+SPEEDUPS = {0.8: 2.3, 0.9: 3.2, 0.95: 4.2}
+"""Acceptance -> least accepted gain over cached decoding."""
+EFFICIENCY = 0.9
+"""Least accepted share of the bound that is reached."""
+BATCH, BATCH_ACCEPTANCE, BATCH_SPEEDUP = 8, 0.8, 1.7
+DRAFT_COST = 0.05
+VERIFIED = (2, 3, 4, 5, 6, 8, 10, 12, 16)
+"""Positions that calls are timed over."""
+
+
+class Size(NamedTuple):
+    """A model of random weights: for what things cost, not for what they say."""
+
+    layers: int
+    width: int
+    heads: int
+    vocab: int
+    draft_vocab: int
+
+    def build(self) -> NextLat:
+        """The model with its dynamics, whose hidden layers are as wide as its states."""
+        g = torch.Generator().manual_seed(0)
+        trunk = Transformer(self.vocab, self.layers, self.heads, self.width, generator=g)
+        made: NextLat = NextLat(trunk, dynamics=self.width, generator=g).eval().requires_grad_(False)
+        return made
+
+    @property
+    def setting(self) -> dict[str, int]:
+        """For the table."""
+        return {"layers": self.layers, "width": self.width, "V": self.vocab}
+
+
+class Plan(NamedTuple):
+    """What to measure at an effort."""
+
+    cache: tuple[Size, tuple[int, ...], int] | None
+    """Size, lengths of single steps, repetitions."""
+    dialled: tuple[tuple[Size, int, int, int], ...]
+    """Size, prompt tokens, new tokens, repetitions."""
+    batched: tuple[Size, int, int, int] | None
+    """Likewise."""
+    prompts: int
+    """Prompts of each domain, for trained runs."""
+
+
+LARGE, SMALL = Size(12, 768, 12, 50_257, 4_096), Size(8, 768, 12, 1_000, 1_000)
+TINY = Size(2, 16, 2, 50, 20)
+LENGTHS = (257, 320, 384, 448, 512)
+
+PLANS: dict[Effort, Plan] = {
+    "full": Plan((LARGE, LENGTHS, 7), ((LARGE, 64, 96, 3), (SMALL, 64, 192, 5)), (SMALL, 64, 64, 5), 16),
+    "quick": Plan((LARGE, (257, 512), 3), ((SMALL, 64, 96, 3),), (SMALL, 64, 32, 3), 4),
+    "tiny": Plan((TINY, (5, 8), 2), ((TINY, 6, 8, 2),), (TINY, 4, 6, 2), 2),
+}
+
+
+def run(effort: Effort, runs: Sequence[Path] = ()) -> Iterator[Result]:
+    """All of decoding; ``runs`` are trained ones, measured on text of this machine."""
+    plan = PLANS[effort]
+    if runs:
+        from nextlat.bench.trained import compare_runs
+
+        yield from compare_runs(runs, plan.prompts)
+        return
+    if plan.cache is not None:
+        yield from cached(*plan.cache)
+    for size, context, new, repetitions in plan.dialled:
+        yield from dialled(size, context, new, repetitions)
+    if plan.batched is not None:
+        yield from batched(*plan.batched)
+
+
+@torch.inference_mode()
+def cached(size: Size, lengths: Sequence[int], repetitions: int) -> Iterator[Result]:
+    """A text that grows from the first length to the last: a step with the cache against the whole text again."""
+    lm = size.build().as_lm()
+    tokens = prompt(1, lengths[-1], size.vocab)
+    arms: dict[str, Arm] = {}
+    for length in lengths:
+        arms[f"cached {length}"] = one_step(lm, tokens[:, :length])
+        arms[f"whole {length}"] = partial(lm, tokens[:, :length])
+    found = interleave(arms, repetitions)
+    total = {kind: integral(lengths, [seconds(found[f"{kind} {n}"]) for n in lengths]) for kind in ("cached", "whole")}
+    wall = {
+        kind: integral(lengths, [median(found[f"{kind} {n}"].wall) for n in lengths]) for kind in ("cached", "whole")
+    }
+    yield Result(
+        "generation: whole text again / cached",
+        total["whole"] / total["cached"],
+        12.0,
+        wall=wall["whole"] / wall["cached"],
+        of=f"{total['whole']:.1f}/{total['cached']:.1f} s",
+        setting=size.setting | {"prompt": lengths[0] - 1, "new": lengths[-1] - lengths[0] + 1},
+        note=f"generation: single steps at {', '.join(map(str, lengths))} tokens, integrated",
+        details={f"{kind}_seconds": value for kind, value in total.items()},
+    )
+
+
+def one_step(lm: CausalLM, tokens: Tensor) -> Arm:
+    """The last of (1, T) tokens, with the others in the cache."""
+    cache = lm.new_cache(1, tokens.shape[1])
+    lm(tokens[:, :-1], cache=cache)
+
+    def step() -> None:
+        lm(tokens[:, -1:], cache=cache)
+        cache.lengths = [tokens.shape[1] - 1]
+
+    return step
+
+
+def integral(places: Sequence[int], values: Sequence[float]) -> float:
+    """Area under a line through points."""
+    pairs = zip(places, places[1:], values, values[1:], strict=False)
+    return sum((b - a) * (x + y) / 2 for a, b, x, y in pairs)
+
+
+def dialled(size: Size, context: int, new: int, repetitions: int) -> Iterator[Result]:
+    """Gain at given acceptances, and how much of what costs and kept tokens allow is reached."""
+    objective = size.build()
+    plain = objective.as_lm()
+    prompts = prompt(1, context, size.vocab)
+    recorded = generate(plain, prompts, new)
+    vocabulary = draft_vocabulary(size, recorded)
+    full = objective.drafter()
+    cheap = cheaper(full, vocabulary, int8=True)
+    setting = size.setting | {"prompt": context, "new": new}
+    with packed(plain) as fast:
+        costs = {
+            name: measure_costs(lm, drafter, 1, context + new // 2, VERIFIED, budget=3.0)
+            for name, lm, drafter in (("plain", plain, full), ("packed", fast, cheap))
+        }
+        yield Result(
+            "draft step / cached step",
+            costs["packed"].draft,
+            DRAFT_COST,
+            at_least=False,
+            setting=setting,
+            note=f"draft step: with {len(vocabulary):,} tokens and an int8 head; {costs['plain'].draft:.2f} without",
+        )
+        for count in (4, 8, 16):
+            yield Result(
+                f"verifying {count} positions / one",
+                costs["packed"].verification(count),
+                setting=setting,
+                note=f"verifying: {curve(costs['plain'])} with plain weights, {curve(costs['packed'])} as decoded",
+            )
+        for acceptance, target in SPEEDUPS.items():
+            length = costs["packed"].best_length(acceptance, 16)
+            counted = Statistics()
+            arms: dict[str, Arm] = {
+                "plain": partial(generate, plain, prompts, new),
+                "drafted": replayed(fast, cheap, prompts, recorded, acceptance, length, counted),
+            }
+            found = interleave(arms, repetitions)
+            ratio = compare(found["plain"], found["drafted"])
+            yield gain(f"decoding, acceptance {acceptance}: plain / drafted", ratio, found, target, setting, counted)
+            bound = counted.tokens_per_round / costs["packed"].round(length)
+            yield Result(
+                f"share of the bound reached, acceptance {acceptance}",
+                ratio.value / bound,
+                EFFICIENCY,
+                setting=setting,
+                of=f"{ratio.value:.2f}/{bound:.2f}",
+                note="bound: tokens per round over the measured cost of drafting and verifying them",
+            )
+
+
+def batched(size: Size, context: int, new: int, repetitions: int) -> Iterator[Result]:
+    """Rows that advance independently, against the same rows without drafts."""
+    objective = size.build()
+    plain = objective.as_lm()
+    prompts = prompt(BATCH, context, size.vocab)
+    recorded = generate(plain, prompts, new)
+    cheap = cheaper(objective.drafter(), draft_vocabulary(size, recorded), int8=True)
+    with packed(plain) as fast:
+        costs = measure_costs(fast, cheap, BATCH, context + new // 2, VERIFIED, budget=3.0)
+        length = costs.best_length(BATCH_ACCEPTANCE, 16)
+        counted = Statistics()
+        arms: dict[str, Arm] = {
+            "plain": partial(generate, plain, prompts, new),
+            "drafted": replayed(fast, cheap, prompts, recorded, BATCH_ACCEPTANCE, length, counted),
+        }
+        found = interleave(arms, repetitions)
+    name = f"{BATCH} rows, acceptance {BATCH_ACCEPTANCE}: plain / drafted"
+    setting = size.setting | {"prompt": context, "new": new, "rows": BATCH}
+    yield gain(name, compare(found["plain"], found["drafted"]), found, BATCH_SPEEDUP, setting, counted)
+
+
+def replayed(
+    lm: CausalLM,
+    drafter: object,
+    prompts: Tensor,
+    recorded: Tensor,
+    acceptance: float,
+    length: int,
+    counted: Statistics,
+) -> Arm:
+    """Decoding with drafts that are right with a probability; other coins every time."""
+    seeds = iter(range(10**6))
+
+    def arm() -> None:
+        drafts = Replay(drafter, recorded, steady(acceptance), next(seeds))  # type: ignore[arg-type]
+        made = Statistics()
+        out = generate(lm, prompts, recorded.shape[1], drafter=drafts, policy=Static(length), statistics=made)
+        counted.add(made)
+        if not torch.equal(out, recorded):
+            raise AssertionError("the text with drafts is not the text without")
+
+    return arm
+
+
+def gain(
+    name: str, ratio: Ratio, found: dict[str, Timing], target: float, setting: dict[str, int], counted: Statistics
+) -> Result:
+    """A ratio with what was accepted."""
+    return Result(
+        name,
+        ratio.value,
+        target,
+        wall=ratio.wall,
+        spread=(ratio.low, ratio.high),
+        of=milliseconds(seconds(found["plain"]), seconds(found["drafted"])),
+        setting=setting,
+        note=f"{name.partition(':')[0]}: {len(counted.drafted)} drafted, {sum(counted.accepted) / counted.rounds:.2f} "
+        f"kept, {counted.tokens_per_round:.2f} tokens a round; acceptance measured {mean_acceptance(counted):.2f}",
+    )
+
+
+def mean_acceptance(counted: Statistics) -> float:
+    """Kept among those whose turn it was."""
+    return sum(counted.accepted) / max(sum(counted.reached), 1)
+
+
+def draft_vocabulary(size: Size, recorded: Tensor) -> Tensor:
+    """As many tokens as asked for, with all that drafts will have to name."""
+    return frequent_tokens(recorded.flatten().bincount(minlength=size.vocab), size.draft_vocab)
+
+
+def curve(costs: Costs) -> str:
+    """``V(4) 1.20, V(8) 1.41``."""
+    return ", ".join(f"V({k}) {costs.verification(k):.2f}" for k in (2, 4, 8, 16))
+
+
+def prompt(rows: int, length: int, vocab: int) -> Tensor:
+    """Random tokens."""
+    return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(1))

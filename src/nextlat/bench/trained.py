@@ -1,0 +1,155 @@
+"""Drafts of trained runs on text of this machine: fixed lengths, the adaptive one, one objective against another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from math import exp, log
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+from nextlat.bench.results import Result
+from nextlat.decoding.adaptive import CostAware
+from nextlat.decoding.command import advice, load, longest_draft, need_drafter
+from nextlat.decoding.costs import Costs, measure_costs
+from nextlat.decoding.packed import Packed, packed
+from nextlat.decoding.policies import Policy, Static
+from nextlat.decoding.sampling import Sampling
+from nextlat.evaluation.domains import domain_names, domain_prompts
+from nextlat.evaluation.speculative import PLAIN, Arm, measure_domain, ratio
+from nextlat.hf.tokenizer import task_tokenizer
+from nextlat.model.interfaces import Drafter
+from nextlat.training.trained import Trained
+
+ADAPTIVE = "adaptive"
+MEAN, LEAST = 1.15, 0.99
+"""Adaptive over best static length: least accepted geometric mean over domains, and least accepted in any."""
+RIVALS = {"mtp": 1.3, "jtp": 1.2}
+"""Objective -> least accepted ratio of nextlat's tokens per second to its."""
+LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10)
+
+Found = dict[str, dict[str, Arm]]
+"""Domain -> way of drafting -> what it did."""
+
+
+class Contender(NamedTuple):
+    """A run that drafts."""
+
+    name: str
+    trained: Trained
+    fast: Packed
+    """The model with packed weights where they pay; plain decoding uses the plain one."""
+    drafter: Drafter
+    costs: Costs
+    found: Found
+
+
+def compare_runs(paths: Sequence[Path], prompts: int) -> Iterator[Result]:
+    """Measure runs in turn on every domain, at temperatures 0 and 1."""
+    loaded = [contender(path) for path in paths]
+    for temperature in (0.0, 1.0):
+        contenders = [one._replace(found={}) for one in loaded]
+        task = contenders[0].trained.built.task
+        domains = domain_names(task, task_tokenizer(task))
+        for domain in domains:
+            for one in contenders:
+                one.found[domain] = survey(one, domain, prompts, Sampling(temperature))
+        for one in contenders:
+            yield from adaptive_against_static(one, temperature)
+        yield from against_rivals(contenders, temperature)
+
+
+def contender(path: Path) -> Contender:
+    """Load a run and time what its drafts cost."""
+    trained = load(path, "newest", None)
+    drafter = need_drafter(trained)
+    fast = packed(trained.built.objective.as_lm())
+    costs = measure_costs(fast, drafter, 1, trained.built.task.sequence_length)
+    return Contender(trained.config.objective, trained, fast, drafter, costs, {})
+
+
+def survey(one: Contender, domain: str, count: int, sampling: Sampling) -> dict[str, Arm]:
+    """All ways of drafting on a domain."""
+    task = one.trained.built.task
+    length = task.sequence_length // 2
+    texts = domain_prompts(domain, task, task_tokenizer(task), count, length, one.trained.path / "domains")
+    longest = longest_draft(one.drafter)
+    ways: dict[str, Callable[[], Policy]] = {str(n): partial(Static, n) for n in LENGTHS if n <= longest}
+    ways[ADAPTIVE] = partial(CostAware, one.costs, longest)
+    lm = one.trained.built.objective.as_lm()
+    return measure_domain(one.fast, one.drafter, texts, length, sampling, ways, baseline=lm)
+
+
+def adaptive_against_static(one: Contender, temperature: float) -> Iterator[Result]:
+    """The gain of a run's drafts on each domain, and of adapting their length."""
+    setting = {"objective": one.name, "run": str(one.trained.path), "temperature": temperature}
+    gains = []
+    for domain, arms in one.found.items():
+        best = best_static(arms)
+        gains.append(spent(arms[best]) / spent(arms[ADAPTIVE]))
+        kept = arms[best].statistics
+        yield Result(
+            f"{domain}: plain / adaptive",
+            ratio(arms, ADAPTIVE),
+            setting=setting,
+            of=f"static {ratio(arms, best):.2f} ({best})",
+            note=f"{one.name} at temperature {temperature:g}, {domain}: static {best} keeps "
+            f"{sum(kept.accepted) / kept.rounds:.2f} a round, adaptive "
+            f"{arms[ADAPTIVE].statistics.tokens_per_round - 1:.2f} of "
+            f"{sum(arms[ADAPTIVE].statistics.drafted) / arms[ADAPTIVE].statistics.rounds:.2f}; by position "
+            + " ".join(f"{share:.2f}" for share in arms[str(max(map(int, statics(arms))))].acceptance),
+        )
+    note = f"{one.name}: {advice(one.costs)}"
+    yield Result(
+        "adaptive / best static length: geometric mean", geometric_mean(gains), MEAN, setting=setting, note=note
+    )
+    yield Result("adaptive / best static length: least", min(gains), LEAST, setting=setting)
+
+
+def against_rivals(contenders: Sequence[Contender], temperature: float) -> Iterator[Result]:
+    """Tokens per second of nextlat over those of the others, each with its best way over all domains."""
+    speeds = {one.name: best_speed(one.found) for one in contenders}
+    for rival, target in RIVALS.items():
+        if rival in speeds and "nextlat" in speeds:
+            ours, theirs = speeds["nextlat"], speeds[rival]
+            yield Result(
+                f"tokens/s: nextlat / {rival}",
+                ours[1] / theirs[1],
+                target,
+                of=f"{ours[0]}, {theirs[0]}",
+                setting={"runs": len(contenders), "temperature": temperature},
+                note="tokens/s: over all domains, each objective with its best way of drafting",
+            )
+
+
+def best_speed(found: Found) -> tuple[str, float]:
+    """The way with the most tokens per second over all domains, and how many; ``plain`` is one of them."""
+    ways = next(iter(found.values()))
+    speeds = {
+        way: sum(arms[way].statistics.tokens for arms in found.values())
+        / sum(spent(arms[way]) for arms in found.values())
+        for way in ways
+    }
+    best = max(speeds, key=lambda way: speeds[way])
+    return best, speeds[best]
+
+
+def statics(arms: Mapping[str, Arm]) -> list[str]:
+    """The ways of a fixed length."""
+    return [name for name in arms if name not in (PLAIN, ADAPTIVE)]
+
+
+def best_static(arms: Mapping[str, Arm]) -> str:
+    """The fixed length that took least time."""
+    return min(statics(arms), key=lambda name: spent(arms[name]))
+
+
+def spent(arm: Arm) -> float:
+    """Seconds over all prompts."""
+    return sum(arm.seconds)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The mean of ratios."""
+    return exp(mean(log(value) for value in values))

@@ -1,0 +1,267 @@
+"""What ``generate`` and ``evaluate RUN speculative`` do, once their arguments are read."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from nextlat.errors import NextLatError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nextlat.decoding.costs import Costs
+    from nextlat.decoding.policies import Policy
+    from nextlat.decoding.sampling import Sampling
+    from nextlat.evaluation.speculative import Arm
+    from nextlat.model.interfaces import CausalLM, Drafter
+    from nextlat.training.trained import Trained
+
+OFF, AUTO = "off", "auto"
+LONGEST = 16
+"""Longest draft of the cost-aware policy, where the drafter sets no limit."""
+
+
+class Request(NamedTuple):
+    """What ``generate`` is asked for."""
+
+    prompt: str | None
+    tokens: str | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+    speculative: str
+
+
+def generate_command(run: Path, request: Request, checkpoint: str, device: str | None) -> None:
+    """Continue one prompt and print what is new: text for text, token ids for token ids."""
+    import torch
+
+    from nextlat.decoding.adaptive import CostAware
+    from nextlat.decoding.generate import generate
+    from nextlat.decoding.policies import Static
+    from nextlat.decoding.sampling import Sampling
+    from nextlat.decoding.speculative import Statistics
+    from nextlat.hf.tokenizer import task_tokenizer
+
+    if (request.prompt is None) == (request.tokens is None):
+        raise NextLatError('give either --prompt "some text" or --tokens 1,2,3')
+    trained = load(run, checkpoint, device)
+    task = trained.built.task
+    tokenizer = task_tokenizer(task)
+    if request.prompt is None:
+        assert request.tokens is not None
+        ids = read_tokens(request.tokens, task.vocab_size)
+    elif tokenizer is None:
+        raise NextLatError(f"{trained.config.task} has no tokenizer; give token ids with --tokens 1,2,3")
+    else:
+        ids = [tokenizer.end_token, *tokenizer.encode(request.prompt)]  # the end token opens a document
+    sampling = Sampling(request.temperature, request.top_k, request.top_p)
+    lm: CausalLM = trained.built.objective.as_lm()
+    drafter: Drafter | None = None
+    policy: Policy | None = None
+    if request.speculative != OFF:
+        drafter = need_drafter(trained)
+    if drafter is not None and request.speculative == AUTO:
+        context = len(ids) + request.max_new_tokens // 2
+        lm, costs = prepared(trained, drafter, context, sampling)
+        print(advice(costs), file=sys.stderr)
+        policy = CostAware(costs, longest_draft(drafter))
+    elif drafter is not None:
+        policy = Static(read_length(request.speculative))
+    counted = Statistics()
+    began = time.perf_counter()
+    new = generate(
+        lm,
+        torch.tensor([ids], device=trained.device),
+        request.max_new_tokens,
+        sampling.temperature,
+        torch.Generator().manual_seed(request.seed),
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        drafter=drafter,
+        policy=policy,
+        stop_tokens=() if task.end_token is None else (task.end_token,),
+        statistics=counted,
+    )[0].tolist()
+    seconds = time.perf_counter() - began
+    if task.end_token in new:
+        new = new[: new.index(task.end_token)]  # the rest repeats it
+    print(tokenizer.decode(new) if request.prompt is not None and tokenizer else ",".join(map(str, new)))
+    if policy is not None:
+        print(
+            f"{counted.tokens} tokens in {seconds:.2f} s, {counted.tokens_per_round:.2f} a round; kept by position: "
+            f"{' '.join(f'{share:.2f}' for share in counted.acceptance) or 'nothing was drafted'}",
+            file=sys.stderr,
+        )
+
+
+def load(run: Path, checkpoint: str, device: str | None) -> Trained:
+    """A run that can continue its input."""
+    from nextlat.training.trained import load_run
+
+    if checkpoint not in ("newest", "best"):
+        raise NextLatError(f"--checkpoint is {checkpoint!r}; choose newest or best")
+    trained = load_run(run, device, checkpoint)
+    if not trained.built.task.next_token:
+        raise NextLatError(f"{run} was trained on {trained.config.task} to label its input; it cannot continue it")
+    return trained
+
+
+def need_drafter(trained: Trained) -> Drafter:
+    """The objective's drafter, or an error that says which objectives have one."""
+    drafter = trained.built.objective.drafter()
+    if drafter is None:
+        raise NextLatError(
+            f"{trained.path} was trained with {trained.config.objective}, which drafts nothing; decode it without "
+            "--speculative, or train nextlat, or mtp or jtp with a horizon of at least 1"
+        )
+    return drafter
+
+
+def longest_draft(drafter: Drafter) -> int:
+    """Longest draft behind the known token that is worth trying."""
+    return LONGEST if drafter.max_length is None else min(LONGEST, drafter.max_length - 1)
+
+
+def read_length(text: str) -> int:
+    """``--speculative`` as a number of tokens."""
+    try:
+        return int(text)
+    except ValueError:
+        raise NextLatError(f"--speculative is {text!r}; choose off, auto or a number of tokens to draft") from None
+
+
+def advice(costs: Costs) -> str:
+    """What the measured costs mean, in a sentence."""
+    prices = (
+        f"a draft step costs {costs.draft:.2f} of a decoding step, a call over 4 tokens {costs.verification(4):.2f}"
+    )
+    least = costs.break_even()
+    if least is None:
+        return f"{prices}: drafts do not pay here, whatever is accepted"
+    best = costs.best_length(0.8)
+    return (
+        f"{prices}: drafts pay from an acceptance of {least:.0%} on; "
+        f"at 80 % the best length is {best}, {costs.speedup(0.8, best):.2f}x plain decoding"
+    )
+
+
+def prepared(trained: Trained, drafter: Drafter, context: int, sampling: Sampling) -> tuple[CausalLM, Costs]:
+    """The model with packed weights where they pay, and what drafting and verifying then cost here, for one row."""
+    from nextlat.decoding.costs import measure_costs
+    from nextlat.decoding.packed import packed
+
+    fast = packed(trained.built.objective.as_lm())
+    return fast, measure_costs(fast, drafter, 1, context, sampling=sampling, device=trained.device)
+
+
+def read_tokens(text: str, vocab_size: int) -> list[int]:
+    """``1,2,3`` as token ids of a vocabulary."""
+    try:
+        ids = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise NextLatError(f"--tokens is {text!r}; write ids with commas between them, such as 1,2,3") from None
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise NextLatError(f"--tokens names {token}, and the vocabulary has the tokens 0 to {vocab_size - 1}")
+    return ids
+
+
+class Survey(NamedTuple):
+    """What ``evaluate RUN speculative`` is asked for."""
+
+    domains: str | None
+    prompts: int
+    prompt_tokens: int | None
+    max_new_tokens: int | None
+    temperature: float
+    lengths: Sequence[int] = (2, 3, 4, 5, 6, 8, 10)
+
+
+def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str | None) -> None:
+    """Measure acceptance and speed by domain; print a table for each and write ``evaluations/speculative.json``."""
+    from functools import partial
+
+    from rich.console import Console
+
+    from nextlat.decoding.adaptive import CostAware
+    from nextlat.decoding.policies import Static
+    from nextlat.decoding.sampling import Sampling
+    from nextlat.evaluation.domains import domain_names, domain_prompts
+    from nextlat.evaluation.speculative import measure_domain, metrics
+    from nextlat.files import explained, write_json
+    from nextlat.hf.tokenizer import task_tokenizer
+    from nextlat.tasks.base import Prompted
+    from nextlat.training.acceptance import acceptance_head, acceptance_path
+    from nextlat.training.environment import commit
+    from nextlat.training.loop import results
+
+    trained = load(run, checkpoint, device)
+    drafter, task = need_drafter(trained), trained.built.task
+    tokenizer = task_tokenizer(task)
+    half = task.sequence_length // 2
+    answer = task.prompts(task.splits[0]).answers.shape[1] if isinstance(task, Prompted) else half
+    new = survey.max_new_tokens or answer
+    names = survey.domains.split(",") if survey.domains else domain_names(task, tokenizer)
+    length, fetched = survey.prompt_tokens or half, run.parent.parent / "data" / "domains"
+    prompts = {name: domain_prompts(name, task, tokenizer, survey.prompts, length, fetched) for name in names}
+    longest = longest_draft(drafter)
+    sampling = Sampling(survey.temperature)
+    fast, costs = prepared(trained, drafter, length + new // 2, sampling)
+    lengths = [n for n in survey.lengths if n <= longest] or [longest]
+    policies: dict[str, Callable[[], Policy]] = {str(n): partial(Static, n) for n in lengths}
+    policies["adaptive"] = partial(CostAware, costs, longest)
+    if acceptance_path(run).is_file():
+        policies["learned"] = partial(CostAware, costs, longest, acceptance_head(trained).estimate)
+    stop = () if task.end_token is None else (task.end_token,)
+    print(f"{trained.config.objective} of {run} at step {trained.step}, temperature {survey.temperature:g}")
+    print(f"{survey.prompts} prompts of each domain, one at a time, {new} new tokens")
+    print(advice(costs))
+    found = {}
+    for name in names:
+        moved = [prompt.to(trained.device) for prompt in prompts[name]]
+        found[name] = measure_domain(
+            fast, drafter, moved, new, sampling, policies, stop, baseline=trained.built.objective.as_lm()
+        )
+        Console(soft_wrap=True).print(domain_table(f"{name}, {len(moved[0])} prompt tokens", found[name]))
+    print("kept: drafted tokens that were kept; the token that every round yields anyway is not among them")
+    if sampling.greedy:
+        unlike = sum(arm.different for arms in found.values() for arm in arms.values())
+        texts = len(names) * len(policies) * survey.prompts
+        print(f"{unlike} of {texts} texts differ from plain decoding; equal logits can be told apart by rounding only")
+    folder = run / "evaluations"
+    with explained("creating", folder):
+        folder.mkdir(exist_ok=True)
+    file = folder / f"speculative{'-best' if checkpoint == 'best' else ''}.json"
+    write_json(file, results(metrics(found, sampling), trained.config, trained.step, commit()))
+    print(f"wrote {file}")
+
+
+def domain_table(title: str, arms: Mapping[str, Arm]) -> Table:
+    """One line for each way of drafting."""
+    from rich.table import Table
+
+    from nextlat.evaluation.speculative import PLAIN, ratio
+
+    table = Table(title=title, box=None, pad_edge=False, title_justify="left", title_style="bold")
+    for column in ("drafts", "drafted", "kept", "tokens a round", "speed / plain", "kept by position"):
+        table.add_column(column, justify="left" if column in ("drafts", "kept by position") else "right")
+    for name, arm in arms.items():
+        counted = arm.statistics
+        rounds = max(counted.rounds, 1)
+        if name != PLAIN:
+            table.add_row(
+                name,
+                f"{sum(counted.drafted) / rounds:.2f}",
+                f"{sum(counted.accepted) / rounds:.2f}",
+                f"{counted.tokens_per_round:.2f}",
+                f"{ratio(arms, name):.2f}",
+                " ".join(f"{share:.2f}" for share in arm.acceptance),
+            )
+    return table

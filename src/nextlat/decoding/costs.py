@@ -1,0 +1,205 @@
+"""What drafting and verifying cost on a machine, and what that makes of an acceptance rate."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nextlat.bench.measure import Arm, interleave, seconds
+from nextlat.decoding.policies import check_length
+from nextlat.decoding.sampling import Sampling, draw
+from nextlat.decoding.verification import find_verification
+from nextlat.errors import NextLatError
+from nextlat.model.interfaces import CausalLM, Drafter
+
+LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+LONGEST = 32
+"""Longest draft that is looked at where no limit is named."""
+DRAFT_STEPS = 4
+"""Draft steps that are timed together: one alone can be shorter than what a clock tells apart."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Prices of a round of drafting and verifying, in units of one cached step of plain decoding.
+
+    With acceptance ``a`` at each of n drafted tokens, a round yields ``1 + a + ... + a^n`` tokens and costs
+    ``V(n + 1) + n c``; Leviathan et al. (arXiv 2211.17192) have ``V = 1``. On a CPU V is a staircase, so the best n
+    lies at the end of a step and not where a smooth curve would have it.
+
+    Args:
+        draft: c, one draft step.
+        verify: V(k) for some numbers k of positions in one call; ``V(1) = 1`` may be left out.
+        overhead: of a round with drafts, beyond drafting and verifying.
+
+    Raises:
+        NextLatError: a price that is not positive, or a call over fewer than one position.
+    """
+
+    draft: float
+    verify: Mapping[int, float] = field(default_factory=dict)
+    overhead: float = 0.0
+
+    def __post_init__(self) -> None:
+        prices = {1: 1.0, **{int(k): float(price) for k, price in self.verify.items()}}
+        wrong = {k: price for k, price in prices.items() if k < 1 or not 0 < price < float("inf")}
+        if wrong or not self.draft >= 0 or not self.overhead >= 0:
+            raise NextLatError(
+                f"costs are draft={self.draft}, overhead={self.overhead}, verify={dict(self.verify)}; they are in "
+                "units of a plain step: draft and overhead at least 0, verify above 0 for 1, 2, ... positions"
+            )
+        object.__setattr__(self, "verify", dict(sorted(prices.items())))
+
+    def verification(self, positions: int) -> float:
+        """V(k): interpolated between measured k; beyond them along the line over the upper half of what was measured.
+
+        The line never falls: a plateau that was measured to its end says nothing of the next step.
+        """
+        known = list(self.verify)
+        last = known[-1]
+        if positions > last:
+            middle = max(1, last // 2)
+            slope = (self.verify[last] - self.verification(middle)) / (last - middle) if last > 1 else 0.0
+            return self.verify[last] + (positions - last) * max(slope, 0.0)
+        right = known[bisect_left(known, positions)]
+        if right == positions:
+            return self.verify[right]
+        left = known[bisect_left(known, positions) - 1]
+        share = (positions - left) / (right - left)
+        return (1 - share) * self.verify[left] + share * self.verify[right]
+
+    def round(self, length: int) -> float:
+        """Cost of a round that drafts ``length`` tokens; 1 without drafts."""
+        drafts = length * self.draft + self.overhead if check_length(length) else 0.0
+        return self.verification(length + 1) + drafts
+
+    def speedup(self, acceptance: float | Sequence[float], length: int) -> float:
+        """Tokens per unit of time with drafts of a length, over plain decoding.
+
+        Args:
+            acceptance: of every token alike, or by position in the draft given that its turn came, as
+                :attr:`nextlat.decoding.Statistics.acceptance` has it.
+            length: of all drafts.
+        """
+        return expected_tokens(acceptance, length) / self.round(length)
+
+    def best_length(self, acceptance: float | Sequence[float], longest: int = LONGEST) -> int:
+        """The length of drafts that is fastest, the shortest of equals; 0 where drafting does not pay."""
+        longest = longest if isinstance(acceptance, float | int) else min(longest, len(acceptance))
+        return max(range(longest + 1), key=lambda length: self.speedup(acceptance, length))
+
+    def break_even(self, longest: int = LONGEST) -> float | None:
+        """Smallest acceptance above which drafts of some length are faster than none; ``None`` if they never are."""
+
+        def pays(acceptance: float) -> bool:
+            return any(self.speedup(acceptance, length) > 1 for length in range(1, longest + 1))
+
+        if not pays(1.0):
+            return None
+        low, high = 0.0, 1.0
+        while high - low > 1e-12:  # more acceptance is more tokens at the same cost
+            middle = (low + high) / 2
+            low, high = (low, middle) if pays(middle) else (middle, high)
+        return high
+
+
+def expected_tokens(acceptance: float | Sequence[float], length: int) -> float:
+    """Tokens that a round yields: the kept part of a draft, and the one behind it."""
+    if isinstance(acceptance, float | int):
+        acceptance = [acceptance] * length
+    if len(acceptance) < length:
+        raise NextLatError(
+            f"acceptance is known for {len(acceptance)} positions and the draft has {length}; "
+            "measure it with drafts at least as long"
+        )
+    if not all(0 <= a <= 1 for a in acceptance):
+        raise NextLatError(f"acceptance is {acceptance}; it must lie between 0 and 1")
+    tokens, survives = 1.0, 1.0
+    for a in acceptance[:length]:
+        survives *= a
+        tokens += survives
+    return tokens
+
+
+@torch.inference_mode()
+def measure_costs(
+    lm: CausalLM,
+    drafter: Drafter,
+    rows: int = 1,
+    context: int = 256,
+    lengths: Sequence[int] = LENGTHS,
+    *,
+    sampling: Sampling | None = None,
+    verification: str = "block",
+    device: torch.device | str = "cpu",
+    budget: float = 1.0,
+) -> Costs:
+    """Time draft steps and calls over 1, 2, ... positions behind a cache, as decoding makes them.
+
+    Drawing tokens and judging drafts are part of what is timed. The arms take turns, so that a busy neighbour slows
+    all alike, and medians are compared: of processor time on one thread, of wall time on several.
+
+    Args:
+        lm: the model.
+        drafter: what drafts.
+        rows: decoded together.
+        context: positions in the cache.
+        lengths: numbers of positions to time calls over; 1 is always among them.
+        sampling: how tokens are drawn; ``None`` is greedy.
+        verification: ``block`` or ``token``.
+        device: of the model.
+        budget: about how many seconds to spend; three turns are made whatever they take.
+
+    Returns:
+        costs in units of a call over one position; they depend on machine, threads, rows and context.
+    """
+    if rows < 1 or context < 1 or not lengths or min(lengths) < 1:
+        raise NextLatError(f"rows={rows}, context={context}, lengths={list(lengths)}; all must be at least 1")
+    sampling, judge = sampling or Sampling(), find_verification(verification)
+    counts = sorted({1, *lengths})
+    cache = lm.new_cache(rows, context + counts[-1])
+
+    def tokens(count: int) -> Tensor:
+        return torch.zeros(rows, count, dtype=torch.int64, device=device)
+
+    coins = torch.full((rows,), 0.5, dtype=torch.float64)
+    first = lm(tokens(context), cache=cache)
+    cache.lengths = [context] * rows
+    start = drafter.observe(first, torch.full((rows,), context - 1, device=device))
+
+    def verify(count: int) -> None:
+        output = lm(tokens(count), cache=cache)
+        cache.lengths = [context] * rows
+        if sampling.greedy:
+            output.logits.argmax(-1).tolist()  # waits for a GPU
+            return
+        p = sampling.law(output.logits)
+        law = p[:, 0]
+        if count > 1:
+            drafted = torch.full((rows,), count - 1, device=device)
+            law = judge(p, p[:, 1:], tokens(count - 1), drafted, coins.to(p)[:, None].expand(-1, count - 1)).law
+        draw(law, coins)
+
+    steps = DRAFT_STEPS if drafter.max_length is None else max(1, min(DRAFT_STEPS, drafter.max_length - 1))
+
+    def draft() -> None:
+        state, token = start, tokens(1)[:, 0]
+        for _ in range(steps):
+            state, logits = drafter.step(state, token)
+            column = logits.argmax(-1) if sampling.greedy else draw(sampling.law(logits), coins)
+            token = column if drafter.vocabulary is None else drafter.vocabulary[column]
+        token.tolist()
+
+    def arm(count: int) -> Arm:
+        return lambda: verify(count)
+
+    arms: dict[str, Arm] = {"draft": draft, **{str(count): arm(count) for count in counts}}
+    trial = interleave(arms, 1)
+    turns = int(budget / max(sum(t.wall[0] for t in trial.values()), 1e-9))
+    found = {name: seconds(timing) for name, timing in interleave(arms, min(max(turns, 3), 25), 0).items()}
+    plain = found["1"]
+    return Costs(found["draft"] / steps / plain, {count: found[str(count)] / plain for count in counts})

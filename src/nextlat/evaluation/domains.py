@@ -1,0 +1,138 @@
+"""Prompts of different kinds of text, to see where drafts are accepted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nextlat.data.corpora import FORTUNES, find_corpus
+from nextlat.data.text import Reading, find_files, hold_out, read_documents
+from nextlat.data.tokenizer import Tokenizer
+from nextlat.errors import NextLatError
+from nextlat.tasks.base import Prompted, Task
+from nextlat.tasks.text import TextOptions
+
+DOCUMENTS = 2000
+"""At most so many documents of a domain are read."""
+
+
+def arithmetic() -> Iterator[str]:
+    """Pages of sums, written out; the same in every run."""
+    g = random.Random(0)
+    signs: dict[str, Callable[[int, int], int]] = {
+        "+": lambda a, b: a + b,
+        "-": lambda a, b: a - b,
+        "*": lambda a, b: a * b,
+    }
+    while True:
+        lines = []
+        for _ in range(60):
+            a, b, sign = g.randrange(100), g.randrange(100), g.choice("+-*")
+            lines.append(f"{a} {sign} {b} = {signs[sign](a, b)}")
+        yield "\n".join(lines)
+
+
+def corpus_of(domain: str) -> str | None:
+    """The corpus that a local domain reads; ``None`` for sums, which are made."""
+    prose = "fortunes" if FORTUNES.is_dir() else "licences"
+    return {"prose": prose, "code": "python", "documentation": "pydoc"}.get(domain)
+
+
+LOCAL = ("prose", "code", "documentation", "arithmetic")
+"""Text that is on this machine."""
+
+
+class Remote(NamedTuple):
+    """A dataset on the hub, of which the first file is read."""
+
+    repository: str
+    folder: str = ""
+    column: str = "text"
+
+
+HUB = {
+    "wikipedia": Remote("wikimedia/wikipedia", "20231101.simple"),
+    "books": Remote("lucadiliello/bookcorpusopen"),
+    "hub_code": Remote("codeparrot/codeparrot-clean-valid", column="content"),
+    "mathematics": Remote("open-web-math/open-web-math"),
+}
+"""Text that is fetched when it is asked for."""
+
+
+def domain_names(task: Task, tokenizer: Tokenizer | None) -> list[str]:
+    """The domains that a task can be measured on without a connection."""
+    return ["held_out", *LOCAL] if tokenizer is not None else ["held_out"]
+
+
+def domain_prompts(
+    name: str, task: Task, tokenizer: Tokenizer | None, count: int, length: int, folder: Path
+) -> list[Tensor]:
+    """Prompts of one domain.
+
+    Args:
+        name: ``held_out``: the task's own held-out part; one of :data:`LOCAL`, less what the model was trained on; one
+            of :data:`HUB`; or a path of text.
+        task: the benchmark that the model was trained on.
+        tokenizer: its tokenizer, if it has one.
+        count: how many prompts.
+        length: their tokens; a task that asks for answers keeps its own.
+        folder: where fetched files lie.
+
+    Returns:
+        (P,) int64 each, different ones.
+
+    Raises:
+        NextLatError: no such domain, too little text, or a task without text.
+    """
+    if name == "held_out":
+        return _held_out(task, count, length)
+    if tokenizer is None:
+        raise NextLatError(f"domain {name!r} is text, and this task has no tokenizer; measure held_out")
+    windows = []
+    end = [] if tokenizer.end_token is None else [tokenizer.end_token]
+    for text in islice(_texts(name, task, folder), DOCUMENTS):
+        tokens = [*end, *tokenizer.encode(text)]
+        windows += [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
+    if len(windows) < count:
+        raise NextLatError(f"domain {name!r} has {len(windows)} prompts of {length} tokens; ask for no more than that")
+    chosen = random.Random(0).sample(range(len(windows)), count)
+    return [torch.tensor(windows[i]) for i in sorted(chosen)]
+
+
+def _held_out(task: Task, count: int, length: int) -> list[Tensor]:
+    if isinstance(task, Prompted):
+        return list(task.prompts(task.splits[0]).tokens[:count])
+    found: list[Tensor] = []
+    for batch in task.evaluation(task.splits[0]):
+        found += [row[:length] for row in batch.tokens[: count - len(found)]]
+        if len(found) == count:
+            return found
+    raise NextLatError(f"the held-out part has {len(found)} rows and {count} prompts are asked for; ask for fewer")
+
+
+def _texts(name: str, task: Task, folder: Path) -> Iterator[str]:
+    if name in LOCAL:
+        corpus = corpus_of(name)
+        if corpus is None:
+            return arithmetic()
+        documents, options = find_corpus(corpus).documents(), getattr(task, "options", None)
+        if not isinstance(options, TextOptions) or options.source != corpus:
+            return documents
+        return (text for split, text in hold_out(documents, options.validation_share) if split == "validation")
+    if name in HUB:
+        from nextlat.data.download import download, hub_files
+
+        remote = HUB[name]
+        file = hub_files(remote.repository, folder=remote.folder)[0]
+        path = download(file, folder / name / Path(file.name).name)
+        return read_documents([path], Reading(column=remote.column))
+    if Path(name).exists():
+        return read_documents(find_files([Path(name)]))
+    known = ", ".join(["held_out", *LOCAL, *HUB])
+    raise NextLatError(f"unknown domain {name!r}; choose {known}, or a file or folder of text")

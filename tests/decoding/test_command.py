@@ -1,0 +1,116 @@
+"""``generate --speculative``, ``evaluate RUN speculative`` and ``bench decode RUN`` as a user calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from nextlat import tasks
+from nextlat.cli import app
+from tests.hf.models import TextTask, text_config
+from tests.tiny import run_whole, tiny
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in arguments])
+
+
+def said(*arguments: str | Path) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    return str(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Trained runs on Path-Star."""
+    folder = tmp_path_factory.mktemp("kept")
+    return {name: run_whole(tiny(name, name=name), folder) for name in ("gpt", "nextlat", "mtp", "jtp")}
+
+
+@pytest.mark.parametrize("objective", ["nextlat", "mtp", "jtp"])
+@pytest.mark.parametrize("speculative", ["auto", "1", "2"])
+def test_drafts_do_not_change_what_is_printed(objective: str, speculative: str, kept: dict[str, Path]) -> None:
+    options = (kept[objective], "--tokens", "1,2,3", "--max-new-tokens", "9")
+    assert said("generate", *options, "--speculative", speculative) == said("generate", *options)
+
+
+def test_auto_says_what_drafts_cost_and_what_was_kept(kept: dict[str, Path]) -> None:
+    heard = call("generate", kept["nextlat"], "--tokens", "1,2", "--speculative", "auto").stderr
+    assert "a draft step costs" in heard
+    assert "kept by position" in heard
+    assert "32 tokens in" in heard
+
+
+def test_truncated_sampling_is_what_it_says(kept: dict[str, Path]) -> None:
+    options = ("generate", kept["nextlat"], "--tokens", "1,2", "--max-new-tokens", "12")
+    greedy = said(*options)
+    assert said(*options, "--temperature", "1", "--top-k", "1") == greedy
+    assert said(*options, "--temperature", "1", "--top-p", "1e-9") == greedy
+    assert said(*options, "--temperature", "1", "--top-k", "1", "--speculative", "2") == greedy
+    assert said(*options, "--temperature", "5") != greedy
+
+
+@pytest.mark.parametrize(
+    ("objective", "arguments", "part"),
+    [
+        ("gpt", ("--speculative", "2"), "which drafts nothing; decode it without --speculative"),
+        ("nextlat", ("--speculative", "fast"), "choose off, auto or a number"),
+        ("nextlat", ("--speculative", "-1"), "draft length is -1"),
+        ("mtp", ("--speculative", "3"), "this drafter makes at most 2; ask for less"),
+        ("nextlat", ("--top-p", "0"), "top_p is 0"),
+        ("nextlat", ("--checkpoint", "last"), "choose newest or best"),
+    ],
+)
+def test_what_cannot_be_drafted_is_refused(
+    objective: str, arguments: tuple[str, ...], part: str, kept: dict[str, Path]
+) -> None:
+    assert part in str(call("generate", kept[objective], "--tokens", "1,2", *arguments).exception)
+
+
+def test_a_survey_of_a_task_without_text(kept: dict[str, Path]) -> None:
+    out = said("evaluate", kept["nextlat"], "speculative", "--prompts", "3")
+    assert "held_out, 21 prompt tokens" in out
+    assert "4 new tokens" in out
+    assert "0 of 24 texts differ from plain decoding" in out  # 7 lengths and the adaptive one, 3 prompts each
+    written = json.loads((kept["nextlat"] / "evaluations" / "speculative.json").read_text(encoding="utf-8"))
+    found = written["metrics"]
+    assert found["held_out.different_adaptive"]["value"] == 0
+    for way in ("2", "10", "adaptive"):
+        kept_each = found[f"held_out.accepted_{way}"]["value"]
+        assert 0 <= kept_each <= found[f"held_out.drafted_{way}"]["value"]
+        # the call over the prompt yields a token of its own
+        assert found[f"held_out.tokens_per_round_{way}"]["value"] >= 1 + kept_each
+    assert "no drafter" not in out
+    assert "which drafts nothing" in str(call("evaluate", kept["gpt"], "speculative").exception)
+    assert "--domains belongs to speculative" in str(call("evaluate", kept["gpt"], "--domains", "code").exception)
+
+
+def test_a_survey_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tasks.TASKS, "text", TextTask)
+    options = ("objective.horizon=1", "objective.dynamics.hidden_dim=16")
+    run = run_whole(text_config(*options, "training.steps=3"), tmp_path / "runs")
+    options = ("--prompts", "2", "--prompt-tokens", "6", "--max-new-tokens", "5")
+    out = said("evaluate", run, "speculative", "--domains", "arithmetic,code", *options, "--temperature", "1")
+    assert "arithmetic, 6 prompt tokens" in out
+    assert "code, 6 prompt tokens" in out
+    assert "differ" not in out
+
+
+def test_runs_are_set_against_each_other(kept: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    out = said("bench", "decode", kept["nextlat"], kept["mtp"], kept["jtp"], "--tiny", "--json", file)
+    for figure in (
+        "tokens/s: nextlat / mtp",
+        "tokens/s: nextlat / jtp",
+        "adaptive / best static length: geometric mean",
+        "held_out: plain / adaptive",
+    ):
+        assert figure in out
+    figures = json.loads(file.read_text(encoding="utf-8"))["results"]["decode"]
+    assert {figure["setting"]["temperature"] for figure in figures} == {0.0, 1.0}
+    assert "runs are measured by decode alone" in str(call("bench", "loss", kept["mtp"]).exception)

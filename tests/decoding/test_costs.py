@@ -1,0 +1,172 @@
+"""What drafts cost and gain: closed forms, simulation, and published tables."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import nextlat.decoding.costs as module
+from nextlat.bench.measure import Timing
+from nextlat.decoding import Sampling
+from nextlat.decoding.costs import Costs, expected_tokens, measure_costs
+from nextlat.errors import NextLatError
+from tests.decoding.test_speculative import trained
+
+PACKED = {1: 1.0, 2: 1.02, 3: 1.07, 4: 1.15, 6: 1.18, 8: 1.33, 12: 1.46, 16: 1.61, 32: 2.25}
+"""V(k) of a model of 12 layers, width 768 and 50k tokens on one CPU thread, weights packed."""
+NAIVE = {1: 1.0, 2: 1.08, 3: 1.10, 4: 1.87, 6: 1.91, 8: 2.57, 12: 3.28, 16: 2.41, 32: 3.04}
+"""The same with the library's usual matrix product: a staircase that even falls once."""
+
+
+@pytest.mark.parametrize(
+    ("costs", "acceptance", "speedup", "length"),
+    [
+        (Costs(0.067, PACKED), 0.6, 1.63, 2),
+        (Costs(0.067, PACKED), 0.8, 2.44, 5),
+        (Costs(0.067, PACKED), 0.9, 3.27, 11),
+        (Costs(0.04, PACKED), 0.9, 3.78, 11),
+        (Costs(0.30, PACKED), 0.8, 1.46, 2),
+        (Costs(0.30, NAIVE), 0.6, 1.16, 1),
+        (Costs(0.30, NAIVE), 0.95, 1.68, 2),
+        (Costs(0.03), 0.8, 3.52, 10),
+        (Costs(0.03), 0.95, 8.42, 26),
+    ],
+)
+def test_best_length_and_speedup_of_measured_curves(
+    costs: Costs, acceptance: float, speedup: float, length: int
+) -> None:
+    assert costs.speedup(acceptance, length) == pytest.approx(speedup, rel=0.01)
+    best = costs.best_length(acceptance)
+    assert abs(best - length) <= 1  # the prices are rounded, and 10 and 11 tokens are equally fast at 0.9
+    assert costs.speedup(acceptance, best) == pytest.approx(speedup, rel=0.01)
+    assert costs.speedup(acceptance, best) == max(costs.speedup(acceptance, n) for n in range(33))
+
+
+@pytest.mark.parametrize("length", [0, 1, 4, 9])
+@pytest.mark.parametrize("a", [0.0, 0.3, 0.8, 0.99])
+def test_expected_tokens_are_the_geometric_sum(a: float, length: int) -> None:
+    assert expected_tokens(a, length) == pytest.approx((1 - a ** (length + 1)) / (1 - a), rel=1e-12)
+    assert expected_tokens([a] * (length + 2), length) == pytest.approx(expected_tokens(a, length), rel=1e-12)
+
+
+def test_a_perfect_drafter_yields_every_token_and_positions_multiply() -> None:
+    assert expected_tokens(1.0, 7) == 8
+    assert expected_tokens([0.9, 0.5, 0.2], 3) == pytest.approx(1 + 0.9 + 0.45 + 0.09)
+    with pytest.raises(NextLatError, match="known for 2 positions and the draft has 3"):
+        expected_tokens([0.9, 0.5], 3)
+    with pytest.raises(NextLatError, match="between 0 and 1"):
+        expected_tokens(1.2, 3)
+
+
+def test_tokens_per_time_are_those_of_a_simulated_run() -> None:
+    costs, acceptance, length, rng = Costs(0.1, PACKED, overhead=0.05), [0.9, 0.6, 0.8], 3, random.Random(0)
+    tokens, rounds = 0, 200_000
+    for _ in range(rounds):
+        kept = 0
+        while kept < length and rng.random() < acceptance[kept]:
+            kept += 1
+        tokens += kept + 1
+    time = rounds * (PACKED[4] + 0.3 + 0.05)
+    assert costs.speedup(acceptance, length) == pytest.approx(tokens / time, rel=0.005)
+
+
+def test_the_cost_of_a_round_without_a_draft_is_one() -> None:
+    costs = Costs(0.3, {2: 1.5}, overhead=0.2)
+    assert costs.round(0) == 1.0
+    assert costs.round(1) == pytest.approx(1.5 + 0.3 + 0.2)
+
+
+def test_verification_is_measured_between_interpolated_and_beyond_on_a_line() -> None:
+    costs = Costs(0.1, {4: 1.6, 2: 1.2, 8: 2.0})
+    assert [costs.verification(k) for k in (1, 2, 3, 4, 5, 8)] == pytest.approx([1.0, 1.2, 1.4, 1.6, 1.7, 2.0])
+    assert [costs.verification(k) for k in (9, 12)] == pytest.approx([2.1, 2.4])  # as from 4 to 8
+    falling = Costs(0.1, {2: 2.0, 4: 1.5})
+    assert falling.verification(9) == 1.5
+    assert Costs(0.1).verification(100) == 1.0
+
+
+@pytest.mark.parametrize("costs", [Costs(0.067, PACKED), Costs(0.3, NAIVE), Costs(0.9), Costs(0.05, {2: 1.8, 3: 1.9})])
+def test_at_the_break_even_drafts_begin_to_pay(costs: Costs) -> None:
+    edge = costs.break_even()
+    assert edge is not None
+    assert costs.best_length(max(edge - 1e-6, 0.0)) == 0
+    assert costs.best_length(edge + 1e-6) > 0
+    assert max(costs.speedup(edge, n) for n in range(1, 33)) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_break_even_in_closed_form_and_where_there_is_none() -> None:
+    # one token: 1 + a > 1 + c; more tokens need more
+    assert Costs(0.25).break_even(longest=1) == pytest.approx(0.25)
+    assert Costs(1.0).break_even() is None
+    assert Costs(1.5, PACKED).break_even() is None
+    assert Costs(0.0).break_even() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_acceptance_by_position_bounds_the_best_length() -> None:
+    costs = Costs(0.03)
+    assert costs.best_length([0.9, 0.9, 0.9]) == 3
+    assert costs.best_length([0.9, 0.9, 0.0, 0.9]) == 2
+    assert costs.best_length([0.01]) == 0
+
+
+@pytest.mark.parametrize(
+    "given", [{"draft": -0.1}, {"draft": 0.1, "verify": {0: 1.0}}, {"draft": 0.1, "verify": {2: 0.0}}]
+)
+def test_impossible_costs_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(NextLatError, match="costs are draft="):
+        Costs(**given)
+
+
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Every arm runs once and takes the seconds that its name says; returns how often each was run."""
+    runs: dict[str, int] = {}
+
+    def interleave(arms: Any, repetitions: int, warmup: int = 1) -> dict[str, Timing]:
+        out = {}
+        for name, arm in arms.items():
+            arm()
+            runs[name] = runs.get(name, 0) + 1
+            took = (4 * 0.3 if name == "draft" else 2.0 + 0.5 * int(name),) * repetitions
+            out[name] = Timing(took, took)
+        return out
+
+    monkeypatch.setattr(module, "interleave", interleave)
+    return runs
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=5)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_measured_costs_are_in_units_of_a_plain_step(
+    rows: int, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = fake_clock(monkeypatch)
+    objective, lengths = trained(), []
+    lm = objective.as_lm()
+
+    class Watched:
+        def __call__(self, tokens: Tensor, cache: Any) -> Any:
+            lengths.append((tokens.shape, cache.longest))
+            return lm(tokens, cache=cache)
+
+        new_cache = staticmethod(lm.new_cache)
+
+    costs = measure_costs(Watched(), objective.drafter(), rows, 6, [2, 4], sampling=sampling)  # type: ignore[arg-type]
+    assert costs.draft == pytest.approx(0.3 / 2.5)
+    assert costs.verify == pytest.approx({1: 1.0, 2: 3 / 2.5, 4: 4 / 2.5})
+    assert runs == {"draft": 2, "1": 2, "2": 2, "4": 2}
+    # every call stands behind the same context
+    assert lengths[0] == (torch.Size([rows, 6]), 0)
+    assert lengths[1:] == [(torch.Size([rows, k]), 6) for k in (1, 2, 4)] * 2
+
+
+def test_costs_of_a_drafter_with_a_horizon_and_real_clock() -> None:
+    objective = trained("mtp")  # at most three drafted tokens
+    costs = measure_costs(objective.as_lm(), objective.drafter(), 1, 4, [2], budget=0.01)  # type: ignore[arg-type]
+    assert costs.draft > 0
+    assert list(costs.verify) == [1, 2]
+    with pytest.raises(NextLatError, match="rows=0"):
+        measure_costs(objective.as_lm(), objective.drafter(), 0, 4)  # type: ignore[arg-type]

@@ -1,0 +1,145 @@
+"""Prompts by domain, and what decoding them with drafts is said to gain."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nextlat.data.tokenizer import byte_tokenizer
+from nextlat.decoding import Sampling, Static
+from nextlat.errors import NextLatError
+from nextlat.evaluation.domains import LOCAL, domain_names, domain_prompts
+from nextlat.evaluation.speculative import PLAIN, measure_domain, metrics, ratio
+from tests.decoding.test_speculative import Oracle, prompts, trained
+from tests.evaluation.texts import Stream
+
+TASK: Any = Stream(torch.arange(400) % 7, 16, 257)
+TOKENIZER = byte_tokenizer()
+
+
+def test_every_local_domain_has_prompts_of_its_own_text() -> None:
+    made = {
+        name: domain_prompts(name, TASK, TOKENIZER, 3, 24, Path())
+        for name in domain_names(TASK, TOKENIZER)
+        if name != "held_out"
+    }
+    assert list(made) == list(LOCAL)
+    for texts in made.values():
+        assert [len(text) for text in texts] == [24] * 3
+    texts = [TOKENIZER.decode(text.tolist()) for text in made["arithmetic"]]
+    assert all(set(text.strip()) <= set("0123456789+-*= \n") for text in texts)
+    again = domain_prompts("arithmetic", TASK, TOKENIZER, 3, 24, Path())
+    assert all(torch.equal(a, b) for a, b in zip(made["arithmetic"], again, strict=True))
+
+
+def test_held_out_prompts_are_the_beginnings_of_held_out_rows() -> None:
+    whole = TASK.whole().tokens
+    found = domain_prompts("held_out", TASK, None, 5, 6, Path())
+    assert torch.equal(torch.stack(found), whole[:5, :6])
+
+
+def test_prompts_of_a_file_come_from_all_of_it(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abcdefghij" * 3, encoding="utf-8")
+    found = domain_prompts(str(tmp_path), TASK, TOKENIZER, 6, 5, Path())
+    end = TOKENIZER.end_token
+    assert found[0].tolist() == [end, *b"abcd"]
+    assert found[-1].tolist() == list(b"efghi")
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "count", "said"),
+    [
+        ("poetry", TOKENIZER, 1, "unknown domain 'poetry'; choose held_out, prose"),
+        ("code", None, 1, "no tokenizer; measure held_out"),
+        ("documentation", TOKENIZER, 10**6, "ask for no more than that"),
+        ("held_out", None, 1000, "1000 prompts are asked for"),
+    ],
+)
+def test_what_cannot_be_had_is_said(name: str, tokenizer: Any, count: int, said: str) -> None:
+    with pytest.raises(NextLatError, match=said):
+        domain_prompts(name, TASK, tokenizer, count, 24, Path())
+
+
+def test_counts_are_those_of_all_prompts_and_texts_are_compared() -> None:
+    objective = trained()
+    ways = {"2": partial(Static, 2), "5": partial(Static, 5)}
+    arms = measure_domain(objective.as_lm(), objective.drafter(), list(prompts(3)), 12, Sampling(), ways)
+    assert list(arms) == [PLAIN, "2", "5"]
+    for name, arm in arms.items():
+        assert arm.statistics.tokens == 3 * 12
+        assert len(arm.seconds) == len(arm.accepted) == 3
+        assert arm.different == 0
+        assert sum(arm.statistics.accepted) <= sum(arm.statistics.drafted)
+        # 12 tokens: one from the prompt's own call, the others from rounds that keep drafts and yield one each
+        assert sum(arm.statistics.accepted) + arm.statistics.rounds + 3 == 36
+        assert arm.statistics.rounds == 33 or name != PLAIN
+    found = metrics({"x": arms}, Sampling())
+    assert found["x.different_2"].value == 0
+    assert found["x.ratio_5"].value == ratio(arms, "5") == sum(arms[PLAIN].seconds) / sum(arms["5"].seconds)
+    assert found["x.accepted_2"].value <= 2
+    kept = [found[f"x.acceptance_2_{i}"] for i in (1, 2)]
+    assert kept[0].n == arms["2"].statistics.reached[0]
+    assert kept[1].n == arms["2"].statistics.accepted[0] - _cut(arms["2"])
+    assert f"x.different_{PLAIN}" not in found
+
+
+def _cut(arm: Any) -> int:
+    """Rounds near the end in which only one token was drafted, and kept."""
+    counted = arm.statistics
+    return int(counted.accepted[0] - counted.reached[1])
+
+
+def test_a_text_that_is_not_the_plain_one_is_counted() -> None:
+    objective, other = trained(), trained(width=12)
+    arms = measure_domain(
+        other.as_lm(),
+        other.drafter(),
+        list(prompts(2)),
+        12,
+        Sampling(),
+        {"2": partial(Static, 2)},
+        (),
+        objective.as_lm(),
+    )
+    assert arms["2"].different == 2
+
+
+def test_a_perfect_drafter_is_kept_whole() -> None:
+    from nextlat import generate
+
+    objective, prompt = trained(), prompts(1)
+    text = generate(objective.as_lm(), prompt, 40)
+
+    class Again(Oracle):
+        def observe(self, output: Any, accepted: Any) -> int:
+            if output.hidden.shape[1] == prompt.shape[1]:
+                self.seen = -1 - prompt.shape[1]
+            return super().observe(output, accepted)
+
+    drafter: Any = Again(torch.cat([prompt, text], 1), set())
+    drafter.text = text[0].tolist() + [0] * 9
+    arms = measure_domain(objective.as_lm(), drafter, [prompt[0]], 13, Sampling(), {"3": partial(Static, 3)})
+    assert arms["3"].acceptance == [1.0, 1.0, 1.0]
+    assert arms["3"].statistics.tokens_per_round == pytest.approx(13 / 3)
+
+
+def test_a_model_is_not_asked_to_go_on_with_what_it_was_trained_on() -> None:
+    from nextlat.data.corpora import find_corpus
+    from nextlat.data.text import hold_out
+    from nextlat.tasks.text import TextOptions
+
+    task: Any = Stream(torch.arange(400) % 7, 16, 257)
+    task.options = TextOptions.model_validate({"source": "pydoc", "validation_share": 0.3})
+    homes = {text: split for split, text in hold_out(find_corpus("pydoc").documents(), 0.3)}
+
+    def splits(asked: Any) -> list[set[str]]:
+        found = domain_prompts("documentation", asked, TOKENIZER, 40, 64, Path())
+        parts = [bytes(token for token in prompt.tolist() if token < 256).decode(errors="ignore") for prompt in found]
+        return [{split for text, split in homes.items() if part in text} for part in parts]
+
+    assert all("validation" in found for found in splits(task))
+    assert not all("validation" in found for found in splits(TASK))
