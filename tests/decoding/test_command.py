@@ -109,6 +109,8 @@ def test_runs_are_set_against_each_other(kept: dict[str, Path], tmp_path: Path) 
         "tokens/s: nextlat / jtp",
         "adaptive / best static length: geometric mean",
         "held_out: plain / adaptive",
+        "7 of 15 tokens / all tokens",
+        "int8 / all tokens",
     ):
         assert figure in out
     figures = json.loads(file.read_text(encoding="utf-8"))["results"]["decode"]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from nextlat.bench.results import Result
 from nextlat.decoding.adaptive import CostAware
+from nextlat.decoding.cheap import cheaper, count_targets, frequent_tokens
 from nextlat.decoding.command import advice, load, longest_draft, need_drafter
 from nextlat.decoding.costs import Costs, measure_costs
 from nextlat.decoding.packed import Packed, packed
@@ -28,6 +29,10 @@ MEAN, LEAST = 1.15, 0.99
 RIVALS = {"mtp": 1.3, "jtp": 1.2}
 """Objective -> least accepted ratio of nextlat's tokens per second to its."""
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10)
+CHEAP_LENGTH = 4
+"""Drafted tokens where cheap drafts are set beside full ones."""
+COUNTED_STEPS = 100
+"""Training steps whose tokens are counted for a draft vocabulary."""
 
 Found = dict[str, dict[str, Arm]]
 """Domain -> way of drafting -> what it did."""
@@ -57,6 +62,7 @@ def compare_runs(paths: Sequence[Path], prompts: int) -> Iterator[Result]:
                 one.found[domain] = survey(one, domain, prompts, Sampling(temperature))
         for one in contenders:
             yield from adaptive_against_static(one, temperature)
+            yield from cheap_drafts(one, prompts, Sampling(temperature))
         yield from against_rivals(contenders, temperature)
 
 
@@ -105,6 +111,32 @@ def adaptive_against_static(one: Contender, temperature: float) -> Iterator[Resu
         "adaptive / best static length: geometric mean", geometric_mean(gains), MEAN, setting=setting, note=note
     )
     yield Result("adaptive / best static length: least", min(gains), LEAST, setting=setting)
+
+
+def cheap_drafts(one: Contender, count: int, sampling: Sampling) -> Iterator[Result]:
+    """What fewer tokens to draft from, and 8 bits, cost in kept tokens, with drafts of one length on held-out text."""
+    task, config = one.trained.built.task, one.trained.config
+    length = task.sequence_length // 2
+    texts = domain_prompts("held_out", task, task_tokenizer(task), count, length, one.trained.path)
+    counts = count_targets(task, config.training.batch_size, min(COUNTED_STEPS, config.training.steps))
+    drafters = {"all tokens": one.drafter, "int8": cheaper(one.drafter, int8=True)}
+    for share in (2, 4, 8):
+        size = max(1, task.vocab_size // share)
+        drafters[f"{size:,} of {task.vocab_size:,} tokens"] = cheaper(one.drafter, frequent_tokens(counts, size))
+    drafted = min(CHEAP_LENGTH, longest_draft(one.drafter))
+    kept = {}
+    for name, drafter in drafters.items():
+        arm = measure_domain(one.fast, drafter, texts, length, sampling, {"fixed": partial(Static, drafted)})["fixed"]
+        kept[name] = sum(arm.statistics.accepted) / max(arm.statistics.rounds, 1)
+    for name, value in kept.items():
+        if name != "all tokens":
+            yield Result(
+                f"tokens kept of {drafted}: {name} / all tokens",
+                value / max(kept["all tokens"], 1e-9),
+                of=f"{value:.2f}/{kept['all tokens']:.2f}",
+                setting={"objective": one.name, "run": str(one.trained.path), "temperature": sampling.temperature},
+                note="int8: layers of fewer than half a million weights stay as they are; small models do not change",
+            )
 
 
 def against_rivals(contenders: Sequence[Contender], temperature: float) -> Iterator[Result]:
