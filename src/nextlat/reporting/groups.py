@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from nextlat.errors import NextLatError
 from nextlat.reporting.runs import Reading, Run, headline_metric
 from nextlat.statistics import proportion, seeds_interval
 
@@ -101,16 +102,18 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Put runs together that differ only in seed, name and thread count, in the order of first appearance.
 
     Settings of the objective are compared within that objective, all others over the runs of a task, so that a
-    learning rate that differs between two objectives shows in both of their rows.
+    learning rate that differs between two objectives shows in both of their rows. An option that did not exist yet when
+    a run was made has its default.
     """
+    configs = _completed(runs)
     members: dict[tuple[str, str, str], list[Run]] = {}
     for task in dict.fromkeys(run.task for run in runs):
         of_task = [run for run in runs if run.task == task]
-        common = {id(run): _common_settings(run) for run in of_task}
+        common = {id(run): _common_settings(configs[id(run)]) for run in of_task}
         differing = _differing(list(common.values()))
         for objective in dict.fromkeys(run.objective for run in of_task):
             of_objective = [run for run in of_task if run.objective == objective]
-            own = {id(run): _flat(run.config.get("objectives", {}).get(objective) or {}) for run in of_objective}
+            own = {id(run): _flat(configs[id(run)].get("objectives", {}).get(objective) or {}) for run in of_objective}
             own_differing = _differing(list(own.values()))
             for run in of_objective:
                 data = [key for key in differing if key.startswith("data.")]
@@ -200,8 +203,23 @@ def _summary(group: Group, metric: str, rate: bool) -> Summary:
     )
 
 
-def _common_settings(run: Run) -> dict[str, Any]:
-    flat = _flat({key: value for key, value in run.config.items() if key != "objectives"})
+def _completed(runs: Sequence[Run]) -> dict[int, Mapping[str, Any]]:
+    """Configurations by the run's ``id``; with all options of today where some runs name options that others lack."""
+    configs: dict[int, Mapping[str, Any]] = {id(run): run.config for run in runs}
+    if len({frozenset(_flat(config)) for config in configs.values()}) == 1:
+        return configs
+    from nextlat.config import resolve
+
+    for run in runs:
+        try:
+            configs[id(run)] = resolve(run.config).model_dump(mode="json")
+        except NextLatError:  # of a version that knew other options: as it stands
+            continue
+    return configs
+
+
+def _common_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat = _flat({key: value for key, value in config.items() if key != "objectives"})
     return {key: value for key, value in flat.items() if key not in NOT_A_SETTING}
 
 
