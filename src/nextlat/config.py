@@ -38,7 +38,11 @@ class TrainingConfig(Options):
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
     schedule: Literal["constant", "cosine", "wsd"] = "constant"
     warmup_steps: int = Field(0, ge=0)
-    decay_steps: int = Field(0, ge=0, description="linear decay at the end, wsd only")
+    decay_steps: int = Field(
+        0,
+        ge=0,
+        description="wsd: linear decay at the end; cosine: steps of the fall, after which the rate stays; 0 is all",
+    )
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
     clip: float | None = Field(None, gt=0, description="global gradient norm; null is off")
@@ -67,9 +71,14 @@ class TrainingConfig(Options):
                 f"schedule wsd warms up for {self.warmup_steps} and decays for {self.decay_steps} of {self.steps} "
                 "steps; set training.decay_steps to at least 1 and, with warmup_steps, to at most training.steps"
             )
-        if self.schedule != "wsd" and self.decay_steps:
+        if self.schedule == "cosine" and self.decay_steps > max(self.steps - self.warmup_steps, 0):
             raise ValueError(
-                f"decay_steps = {self.decay_steps} is only used by schedule wsd; "
+                f"schedule cosine warms up for {self.warmup_steps} and falls for {self.decay_steps} of {self.steps} "
+                "steps; set training.decay_steps so that both fit, or to 0 for all steps behind the warm-up"
+            )
+        if self.schedule == "constant" and self.decay_steps:
+            raise ValueError(
+                f"decay_steps = {self.decay_steps} is not used by schedule constant; "
                 "set training.decay_steps=0 or training.schedule=wsd"
             )
         return self

@@ -223,6 +223,15 @@ def test_cosine_falls_to_its_floor_over_what_the_warm_up_leaves() -> None:
     assert at[99] == pytest.approx(0.0802775, abs=1e-6)
 
 
+def test_cosine_stays_at_its_floor_after_the_steps_of_its_fall() -> None:
+    training = settings(schedule="cosine", warmup_steps=20, decay_steps=40, min_lr_ratio=0.25)
+    at = [learning_rate(training, step) for step in range(100)]
+    assert at[20] == pytest.approx(0.8)
+    assert at[40] == pytest.approx(0.5)  # half way between 0.8 and 0.2
+    assert at[59] > 0.2
+    assert at[60:] == pytest.approx([0.2] * 40)
+
+
 def test_wsd_stays_and_falls_linearly_to_its_floor() -> None:
     training = settings(schedule="wsd", warmup_steps=2, decay_steps=10, min_lr_ratio=0.25)
     at = [learning_rate(training, step) for step in range(100)]

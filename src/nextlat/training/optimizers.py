@@ -46,13 +46,14 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
     """Learning rate of update ``step`` = 0 ... steps - 1.
 
     All schedules warm up by ``lr (s + 1) / w`` for ``s < w``. Then ``constant`` stays, ``cosine`` falls to
-    ``min_lr_ratio`` over the rest, and ``wsd`` stays until the last ``decay_steps`` and falls linearly.
+    ``min_lr_ratio`` over ``decay_steps``, or over the rest, and stays there, and ``wsd`` stays until the last
+    ``decay_steps`` and falls linearly.
     """
     peak, steps, warmup, least = training.learning_rate, training.steps, training.warmup_steps, training.min_lr_ratio
     if step < warmup:
         return peak * (step + 1) / warmup
     if training.schedule == "cosine":
-        phase = (step - warmup) / (steps - warmup)
+        phase = min((step - warmup) / (training.decay_steps or steps - warmup), 1.0)
         return peak * (least + (1 - least) * (1 + math.cos(math.pi * phase)) / 2)
     if training.schedule == "wsd" and step >= steps - training.decay_steps:
         return peak * max((steps - step) / training.decay_steps, least)
