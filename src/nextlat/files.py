@@ -39,11 +39,19 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock of a folder, and hold it."""
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Make a folder if it is not there, and hold its lock; ``wait`` for another process that does, or refuse."""
+    with explained("making", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with explained("locking", folder):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise NextLatError(
+                    f"another process is writing to {folder}; wait until it is done, or choose another folder"
+                ) from None
         yield
     finally:
         os.close(descriptor)

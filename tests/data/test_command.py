@@ -12,8 +12,11 @@ from typing import NamedTuple
 import pytest
 
 from nextlat.cli import main
+from nextlat.config import load_config
 from nextlat.data.rows import TokenRows
 from nextlat.data.shards import ShardedTokens
+from nextlat.files import locked
+from nextlat.training.build import build
 from tests.data.test_download import Server, listing
 
 TEXTS = [f"Story {i}: the duck walked {i} miles and then it {'slept' if i % 3 else 'sang'}." for i in range(300)]
@@ -96,7 +99,23 @@ def test_other_settings_in_the_same_folder_are_refused(data: Data) -> None:
     Path("a.txt").write_text("\n".join(TEXTS))
     assert data("text", "a.txt", "--per-line", "--tokenizer", "bytes", "--workers", "1").code == 0
     said = data("text", "a.txt", "--per-line", "--tokenizer", "bytes", "--workers", "1", "--max-tokens", "50")
-    assert said.code == 1 and "data/text was made with source" in said.err and "choose another folder" in said.err
+    assert said.code == 1 and "choose another folder" in said.err
+    assert "data/text was made with other settings: max_tokens was None and is now 50;" in said.err
+
+
+def test_another_tokenizer_in_the_same_folder_is_refused_and_a_damaged_one_made_again(data: Data) -> None:
+    Path("a.txt").write_text("\n".join(TEXTS))
+    make = ("text", "a.txt", "--per-line", "--workers", "1", "--tokenizer")
+    assert data(*make, "train:120").code == 0
+    said = data(*make, "train:110")
+    assert said.code == 1 and "tokenizer was 'train:120' and is now 'train:110'" in said.err
+    file = Path("data/text/tokenizer.json")
+    good = file.read_text()
+    file.write_text(good.replace("merges", "Merges"))
+    assert data("check", "data/text").code == 1
+    said = data(*make, "train:120")
+    assert said.code == 0 and "everything is there already" in said.out, said.err
+    assert file.read_text() == good
 
 
 def test_a_corpus_needs_no_network(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +195,27 @@ def test_errors_name_the_argument(data: Data) -> None:
     assert (
         "another part to hold out" in data("text", "a.txt", "--tokenizer", "bytes", "--validation-fraction", "0.01").err
     )
+
+
+def test_two_commands_do_not_write_to_one_folder_at_once(data: Data) -> None:
+    Path("a.txt").write_text("\n".join(TEXTS))
+    with locked(Path("data/text")):
+        said = data("text", "a.txt", "--per-line", "--tokenizer", "bytes")
+    assert said.code == 1 and "another process is writing to data/text" in said.err
+    assert list(Path("data/text").iterdir()) == []
+
+
+def test_a_folder_is_not_made_of_itself_and_says_how_to_train_on_it(data: Data) -> None:
+    Path("books").mkdir()
+    for number, text in enumerate(TEXTS[:60]):
+        Path(f"books/{number}.txt").write_text(text)
+    make = ("text", "books", "--tokenizer", "bytes", "--validation-fraction", "0.3", "--workers", "1")
+    for _ in range(2):
+        said = data(*make, "--out", "books/tokens")
+        assert said.code == 0 and "60 files" in said.out, said.err
+    command = said.out.splitlines()[-1].partition("nextlat train ")[2].split()
+    config = load_config(command[0], [*command[1:], "data.length=16"])
+    assert build(config).task.rows(0, 0, 2).tokens.shape == (2, 16)
 
 
 def test_help_and_tokenising_processes_do_not_load_torch() -> None:

@@ -142,18 +142,24 @@ def test_a_part_longer_than_the_file_is_dropped(server: Server, tmp_path: Path) 
 
 def test_a_wrong_checksum_is_named_and_nothing_is_kept(server: Server, tmp_path: Path) -> None:
     with pytest.raises(
-        NextLatError, match=rf"{server.url}/file has sha256 {SHA}, 00 was expected.*run again: fetch it"
+        NextLatError, match=rf"{server.url}/file gave a file with sha256 {SHA} instead of 00.*run again: fetch it"
     ):
         download(remote(server, sha256="00"), tmp_path / "file", "fetch it")
     assert not list(tmp_path.glob("file*")) or [p.name for p in tmp_path.iterdir()] == ["file.part.etag"]
 
 
 def test_a_wrong_size_is_named(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(NextLatError, match=r"gave 256,000 bytes, 7 were announced"):
+    with pytest.raises(NextLatError, match=r"gave a file with 256,000 bytes instead of 7"):
         download(remote(server, size=7), tmp_path / "file")
     (tmp_path / "file").write_bytes(b"half")
-    with pytest.raises(NextLatError, match=r"file has 4 bytes and .* 256,000; delete it"):
-        download(remote(server), tmp_path / "file")
+
+
+def test_a_file_that_was_damaged_after_it_came_is_named_and_not_used(server: Server, tmp_path: Path) -> None:
+    for content, wrong in ((b"half", "4 bytes instead of 256,000"), (DATA[::-1], rf"sha256 .* instead of {SHA}")):
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(NextLatError, match=rf"{tmp_path}/file is damaged: it has {wrong}.*delete it; run again"):
+            download(remote(server), tmp_path / "file", "fetch it")
+    assert server.requests == []
 
 
 @pytest.mark.parametrize(("status", "advice"), [(401, "set HF_TOKEN"), (403, "accept its terms"), (404, "revision")])

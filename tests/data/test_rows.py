@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,16 +95,32 @@ def test_slices_of_any_sizes_are_the_rows_of_one_order(shards: ShardedTokens, si
         begin += size
 
 
-def test_two_readers_of_disjoint_slices_share_an_epoch_without_a_double(shards: ShardedTokens) -> None:
-    readers = [TokenRows(shards, "train", T, seed=0) for _ in range(2)]
-    n = readers[0].rows_per_epoch
-    for epoch in range(3):
-        seen = [
-            chunk
-            for row in range(epoch * n, (epoch + 1) * n)
-            for chunk in readers[row % 2].chunks(row, row + 1).tolist()
-        ]
-        assert sorted(seen) == list(range(n))
+def _read(folder: Path, rank: int, epochs: int, found: Any) -> None:
+    rows = TokenRows(ShardedTokens.open(folder), "train", T, seed=0)
+    mine = range(rank, epochs * rows.rows_per_epoch, 2)
+    found.put((rank, [tuple(rows.batch(row, row + 1).tokens[0].tolist()) for row in mine]))
+
+
+def test_two_processes_share_every_epoch_without_a_double_and_again_alike(shards: ShardedTokens) -> None:
+    epochs, context = 3, multiprocessing.get_context("fork")
+    n = shards.tokens("train") // T
+    whole = [tuple(row) for row in shards.read("train", np.arange(n) * T, T).tolist()]
+    assert len(set(whole)) == n
+    orders = []
+    for _ in range(2):
+        found = context.Queue()
+        both = [context.Process(target=_read, args=(shards.folder, rank, epochs, found)) for rank in range(2)]
+        for process in both:
+            process.start()
+        read = dict(found.get(timeout=120) for _ in both)
+        for process in both:
+            process.join()
+        order = [read[row % 2][row // 2] for row in range(epochs * n)]
+        for epoch in range(epochs):
+            assert sorted(order[epoch * n : (epoch + 1) * n]) == sorted(whole)
+        orders.append(order)
+    assert orders[0] == orders[1]
+    assert orders[0][:n] != orders[0][n : 2 * n]
 
 
 def test_rows_follow_the_conventions_of_packing(shards: ShardedTokens) -> None:

@@ -148,8 +148,11 @@ def test_a_damaged_shard_is_named_with_the_command_and_made_again(
     with pytest.raises(NextLatError, match=rf"train-000002\.bin.*{word}.*make it") as caught:
         ShardedTokens.open(tmp_path, verify=True)
     assert "train-000001" not in str(caught.value)
-    if harm is damage_flipped:
-        ShardedTokens.open(tmp_path)  # names and sizes are right
+    if harm is damage_flipped:  # names and sizes are right, so it is noticed when it is read
+        opened = ShardedTokens.open(tmp_path)
+        opened.read("train", [0], 8)
+        with pytest.raises(NextLatError, match=rf"train-000002\.bin.*{word}.*make it"):
+            opened.read("train", [0], opened.tokens("train"))
     write(tmp_path)
     assert contents(tmp_path) == before
     assert (tmp_path / "train-000000.bin").stat().st_mtime_ns == other, "a good shard was written again"
@@ -212,6 +215,18 @@ def test_a_full_disk_is_named_and_costs_only_the_unfinished_shard(
     assert json.loads((tmp_path / "unfinished.json").read_text())["shards"]
     assert not list(tmp_path.glob(".*"))
     assert everything(write(tmp_path)) == stream(documents())
+
+
+def test_a_second_writer_is_refused_while_one_is_at_work(tmp_path: Path) -> None:
+    def and_meanwhile() -> Iterator[list[int]]:
+        for place, document in enumerate(documents()):
+            if place == 20:
+                with pytest.raises(NextLatError, match=f"another process is writing to {tmp_path}; wait"):
+                    write(tmp_path)
+            yield document
+
+    assert everything(write(tmp_path, and_meanwhile())) == stream(documents())
+    write(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"vocab_size": V + 1}, {"shard_tokens": 99}])

@@ -13,7 +13,7 @@ import pytest
 from nextlat.data import text as module
 from nextlat.data.shards import ShardedTokens
 from nextlat.data.text import FIRST_SHARD, Reading, find_files, hold_out, read_documents, sample, tokenise
-from nextlat.data.tokenizer import Tokenizer, byte_tokenizer
+from nextlat.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from nextlat.data.writer import ShardWriter
 from nextlat.errors import NextLatError
 
@@ -192,6 +192,28 @@ def test_tokens_are_limited_to_the_document_that_reaches_the_limit(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("held_out", [0, 0.2, None])
+@pytest.mark.parametrize("limit", [1300, 1310, 1320, 1330])
+def test_damage_is_repaired_whatever_the_limit_was_passed_by(
+    tmp_path: Path, limit: int, held_out: float | None
+) -> None:
+    """The last document passes the limit by some tokens; a damaged shard may end with one that is shorter."""
+
+    def pairs() -> Iterator[tuple[str, str]]:
+        return iter([(FIRST_SHARD, text) for text in TEXTS]) if held_out is None else hold_out(TEXTS, held_out)
+
+    def make() -> dict[str, bytes]:
+        run(tmp_path, pairs(), ["train"] if held_out == 0 else ["train", "validation"], max_tokens=limit)
+        return everything(tmp_path)
+
+    whole = make()
+    assert sum(name.endswith(".bin") for name in whole) >= 4
+    for name in (name for name in whole if name.endswith(".bin")):
+        (tmp_path / name).unlink()
+        assert make() == whole
+
+
+@pytest.mark.usefixtures("small_batches")
 def test_a_limit_may_count_one_split(tmp_path: Path) -> None:
     shards = run(tmp_path, hold_out(TEXTS, 0.2), max_tokens=600, counted="train")
     assert 600 <= shards.tokens("train") < 630 and shards.tokens("validation") > 0
@@ -218,6 +240,28 @@ def test_no_more_than_a_few_batches_are_read_ahead(tmp_path: Path, monkeypatch: 
 
 def die(texts: list[str]) -> None:
     os._exit(1)
+
+
+def test_a_long_document_is_tokenised_in_pieces_to_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer takes hundreds of bytes a character: a file of 100 MB would not fit into memory at once."""
+    words = ["duck", "it's", "12", "na\u00efve", "a\nb", "x.\n\n", "  two", "\ttab", "end ", '"Hi,"', "\u3000wide"]
+    text = " ".join(words[i * i % 11] + words[i % 7] for i in range(400))
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 200)
+    parts = list(module.pieces(text))
+    assert "".join(parts) == text and len(parts) > 50
+    assert list(module.pieces("x" * 100)) == ["x" * 100]
+    longest: list[int] = []
+    encode = Tokenizer.encode_batch
+    for tokenizer in (train_bpe([text], 400, "bytes"), byte_tokenizer()):
+        whole = [tokenizer.encode(one) for one in ("short", text, "", text[:99])]
+        with monkeypatch.context() as patch:
+            patch.setattr(Tokenizer, "encode_batch", lambda s, t: longest.append(sum(map(len, t))) or encode(s, t))
+            tokens, lengths = module._flat(tokenizer, ["short", text, "", text[:99]], "<u2")
+        assert lengths.tolist() == [len(one) for one in whole]
+        assert tokens.tolist() == [token for one in whole for token in one]
+    assert max(longest) < 300
+    assert "".join(sample([("train", text)], 1)) == text[:40]
 
 
 def test_a_process_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nextlat.data.tokenizer import byte_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
+from nextlat.data.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
 from nextlat.errors import NextLatError
 
 ROOT = Path(__file__).parents[2]
@@ -148,11 +148,27 @@ def test_gpt2_itself() -> None:
 
 
 @pytest.mark.skipif(not PUBLISHED.is_file(), reason="no tinystories_tokenizer.json (NEXTLAT_TINYSTORIES_TOKENIZER)")
-def test_the_published_tokenizer_decodes_without_prefixes() -> None:
+def test_the_published_tokenizer_decodes_without_prefixes(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(PUBLISHED)
     assert (tokenizer.vocab_size, tokenizer.end_token) == (1000, 1)
     text = 'Once upon a time, there were 12 ducks.\n\n"Hi!" said Tom # ## x.'
     assert tokenizer.decode(tokenizer.encode(text)) == " " + text
+    tokenizer.save_portable(tmp_path / "tokenizer.json")
+    library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert library.decode(library.encode(text).ids) == " " + text
+
+
+def test_prefixes_inside_words_are_stripped_here_and_in_the_file_for_others(tmp_path: Path) -> None:
+    library = pytest.importorskip("tokenizers")
+    vocabulary = {"<|eos|>": 0, "a": 1, "##b": 2, "#": 3, "###": 4}
+    engine = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=[], continuing_subword_prefix="##"))
+    engine.decoder = library.decoders.ByteLevel()
+    tokenizer = Tokenizer(engine, "<|eos|>")
+    tokenizer.save_portable(tmp_path / "tokenizer.json")
+    portable = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text, ids in (("ab", [1, 2]), ("#", [3]), ("a##", [1, 4, 4])):
+        assert tokenizer.encode(text) == portable.encode(text).ids == ids
+        assert tokenizer.decode(ids) == portable.decode(ids) == text
 
 
 def test_an_end_token_is_found_or_asked_for(tmp_path: Path) -> None:

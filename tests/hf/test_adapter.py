@@ -90,6 +90,11 @@ def test_rows_that_were_rolled_back_unevenly_go_on_as_if_nothing_had_been_there(
     found = model(torch.stack([tokens[2, 7:9], tokens[0, 4:6]]), cache=cache).logits
     torch.testing.assert_close(found[0], model(tokens[2:, :9]).logits[0, 7:9])
     torch.testing.assert_close(found[1], model(tokens[:1, :6]).logits[0, 4:6])
+    cache.keep([[0], [0, 1]], [7, 4])
+    assert cache.lengths == [8, 6]
+    cache.keep([[3, 5], []], [2, 6])  # places of row 2 that lie at 5 and 7 move behind its first two
+    assert cache.lengths == [4, 6]
+    assert cache.tokens[0, :4].tolist() == tokens[2, [0, 1, 5, 7]].tolist()
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])

@@ -34,7 +34,7 @@ sys.meta_path.insert(0, Blocker())
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-ids = tokenizer(tokenizer.bos_token + sys.argv[2], return_tensors="pt", add_special_tokens=False)
+ids = tokenizer(tokenizer.bos_token + sys.argv[2], return_tensors="pt")
 new = model.generate(ids.input_ids, attention_mask=ids.attention_mask, max_new_tokens=20)
 print(tokenizer.decode(new[0, ids.input_ids.shape[1]:], skip_special_tokens=True))
 assert not any(name.startswith("nextlat") for name in sys.modules)

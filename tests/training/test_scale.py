@@ -109,12 +109,20 @@ def test_flops_of_a_known_size() -> None:
 
 def test_utilisation_is_given_where_the_peak_is_known_only(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
+    for name, peak in {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA L40": None,  # neither an L4 nor an L40S
+        "NVIDIA A10G": None,
+        "NVIDIA RTX A1000": None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(cuda, "bf16") == peak
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert peak_flops(cuda, "bf16") == 989e12
     assert peak_flops(cuda, "fp32") is None
     assert peak_flops(torch.device("cpu"), "bf16") is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Unheard of")
-    assert peak_flops(cuda, "bf16") is None
     assert "mfu" not in metrics(run_whole(tiny("gpt", name="cpu"), runs))[0]
     monkeypatch.setattr(utilization, "peak_flops", lambda *_: 1e9)
     row = metrics(run_whole(tiny("gpt", name="known"), runs), timings=True)[0]

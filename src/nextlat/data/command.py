@@ -6,7 +6,7 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from nextlat.data.text import FIRST_SHARD, Reading, find_files, hold_out, read_d
 from nextlat.data.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
 from nextlat.data.writer import ShardWriter
 from nextlat.errors import NextLatError
+from nextlat.files import locked
 
 Pairs = Callable[[], Iterable[tuple[str, str]]]
 """Begins the documents, with their splits, from the start."""
@@ -49,10 +50,10 @@ class Making(NamedTuple):
 
 def text_command(sources: Sequence[Path], making: Making, reading: Reading, validation: float | None) -> None:
     """Local files into shards; ``validation`` is the part held out, ``None`` the first shard."""
-    files = find_files(sources)
+    files = find_files(sources, making.out)
     listing = hashlib.sha256(repr([(str(path), path.stat().st_size) for path in files]).encode()).hexdigest()
     size = sum(path.stat().st_size for path in files)
-    print(f"{len(files):,} files, {size / 1e6:,.1f} MB")
+    print(f"{len(files):,} file{'' if len(files) == 1 else 's'}, {size / 1e6:,.1f} MB")
     source = {"kind": "text", "files": len(files), "bytes": size, "listing": listing, **reading._asdict()}
     packed = any(path.suffix in (".gz", ".parquet") for path in files)
     _make_held_out(lambda: read_documents(files, reading), validation, making, source, None if packed else size)
@@ -128,6 +129,21 @@ def make(
 ) -> ShardedTokens:
     """Tokenise documents into a folder of shards; goes on with, or repairs, what is there."""
     source = {**source, "max_tokens": making.max_tokens}
+    if making.tokenizer.startswith("train:"):  # another one is known by its hash, wherever it lies
+        source["tokenizer"] = making.tokenizer
+    with locked(making.out, wait=False):
+        shards = _made(parts, making, splits, source, size)
+    show(shards)
+    if set(splits) == {"train", "validation"}:
+        keys = {"source": making.out, "vocab_size": shards.vocab_size, "end_token": shards.end_token}
+        options = shlex.join(f"data.{key}={value}" for key, value in keys.items())
+        print(f"train on it, for example: nextlat train tiny_stories/mini {options}")
+    return shards
+
+
+def _made(
+    parts: Sequence[Part], making: Making, splits: Sequence[str], source: dict[str, Any], size: int | None
+) -> ShardedTokens:
     tokenizer = find_tokenizer(making, parts[-1].pairs)
     command = shlex.join(["nextlat", *sys.argv[1:]])
     with ShardWriter(
@@ -139,22 +155,13 @@ def make(
             for line in writer.damaged:
                 print(f"making again: {line}")
             if writer.good:
-                print(f"going on after {len(writer.good)} finished shards, {sum(writer.tokens.values()):,} tokens")
-            with _bar("tokenising", size) as (progress, task):
-                counts = [0, 0, 0]
-
-                def add(*more: int) -> None:
-                    counts[:] = [a + b for a, b in zip(counts, more, strict=True)]
-                    seconds = progress.tasks[task].elapsed or 1e-9
-                    note = f"{counts[0]:,} documents  {counts[1]:,} tokens  {counts[1] / seconds:,.0f} tokens/s"
-                    progress.update(task, completed=counts[2], note=note)
-
+                tokens = sum(shard.tokens for shard in writer.good.values())
+                print(f"going on after {len(writer.good)} finished shards, {tokens:,} tokens")
+            with tokenising(size) as add:
                 for part in parts:
                     tokenise(part.pairs(), writer, tokenizer, making.workers, part.max_tokens, part.counted, add)
             writer.finish(*splits)
-    shards = ShardedTokens.open(making.out)
-    show(shards)
-    return shards
+    return ShardedTokens.open(making.out)
 
 
 def find_tokenizer(making: Making, pairs: Pairs) -> Tokenizer:
@@ -169,8 +176,11 @@ def find_tokenizer(making: Making, pairs: Pairs) -> Tokenizer:
     if not value.isdecimal():
         raise NextLatError(f"--tokenizer {making.tokenizer} names no number of tokens; write for example train:1000")
     kept = making.out / TOKENIZER
-    if kept.is_file() and any((making.out / name).is_file() for name in (UNFINISHED, MANIFEST)):
-        return load_tokenizer(kept)
+    manifest = next((making.out / name for name in (UNFINISHED, MANIFEST) if (making.out / name).is_file()), None)
+    if manifest is not None and kept.is_file():
+        found = hashlib.sha256(kept.read_bytes()).hexdigest()
+        if found == read_manifest(manifest).tokenizer_sha256:
+            return load_tokenizer(kept)
     texts = sample(pairs(), making.train_characters)
     alphabet = "ascii" if all(text.isascii() for text in texts) else "bytes"
     print(f"training a tokenizer of {int(value):,} tokens on {sum(map(len, texts)):,} characters", flush=True)
@@ -222,10 +232,8 @@ def _fetched(files: Sequence[RemoteFile], split: str, making: Making) -> Iterato
     command = shlex.join(["nextlat", *sys.argv[1:]])
     for file in files:
         path = _downloads(making) / file.name
-        if not path.is_file():
-            with _bar(f"fetching {file.name}", file.size) as (progress, task):
-                show_bytes = partial(_show_bytes, progress, task)
-                download(file, path, command, show_bytes)
+        with _bar(f"fetching {file.name}", file.size) as (progress, task):
+            download(file, path, command, partial(_show_bytes, progress, task))
         for text in read_documents([path]):
             yield split, text
 
@@ -235,9 +243,34 @@ def _show_bytes(progress: Progress, task: TaskID, done: int, total: int | None) 
 
 
 @contextmanager
+def tokenising(size: int | None = None) -> Iterator[Callable[[int, int, int], None]]:
+    """A progress bar that is told the documents, tokens and characters that were added."""
+    with _bar("tokenising", size) as (progress, task):
+        counts = [0, 0, 0]
+
+        def add(*more: int) -> None:
+            counts[:] = [a + b for a, b in zip(counts, more, strict=True)]
+            seconds = progress.tasks[task].elapsed or 1e-9
+            note = f"{counts[0]:,} documents  {counts[1]:,} tokens  {counts[1] / seconds:,.0f} tokens/s"
+            progress.update(task, completed=counts[2], note=note)
+
+        yield add
+
+
+@contextmanager
 def _bar(what: str, size: int | None) -> Iterator[tuple[Progress, TaskID]]:
-    """A progress bar on the error stream, gone when done; ``note`` is what it says behind itself."""
+    """A progress bar on the error stream, gone when done, below the one it is within; ``note`` stands behind it."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as progress:
-        yield progress, progress.add_task(what, total=size, note="")
+    made = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True)
+    progress = _shown[0] if _shown else made
+    with nullcontext() if _shown else made:
+        _shown.append(progress)
+        task = progress.add_task(what, total=size, note="")
+        try:
+            yield progress, task
+        finally:
+            progress.remove_task(task)
+            _shown.pop()
+
+
+_shown: list[Progress] = []

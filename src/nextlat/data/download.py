@@ -78,7 +78,7 @@ def hub_files(repository: str, revision: str = "main", folder: str = "", suffix:
 
 
 def download(file: RemoteFile, path: Path, command: str = "", progress: Progress | None = None) -> Path:
-    """Fetch a file, unless it is there.
+    """Fetch a file, unless it is there as it should be.
 
     It grows as ``<path>.part`` and gets its name when it is whole and, where its checksum is known, checked. What an
     earlier attempt left is gone on with, if the server can and still has the same file.
@@ -94,10 +94,8 @@ def download(file: RemoteFile, path: Path, command: str = "", progress: Progress
     """
     again = f"; run again: {command}" if command else "; run the command again"
     if path.is_file():
-        if file.size is not None and path.stat().st_size != file.size:
-            raise NextLatError(
-                f"{path} has {path.stat().st_size:,} bytes and {file.url} {file.size:,}; delete it{again}"
-            )
+        if wrong := _complaint(file, path):
+            raise NextLatError(f"{path} is damaged: it has {wrong} at {file.url}; delete it{again}")
         return path
     part = path.with_name(path.name + ".part")
     with explained("making", path.parent):
@@ -121,7 +119,9 @@ def download(file: RemoteFile, path: Path, command: str = "", progress: Progress
         raise NextLatError(
             f"{path.name} was interrupted {ATTEMPTS} times: {got:,} bytes of {file.url} are in {part}{again}"
         )
-    _check(file, part, again)
+    if wrong := _complaint(file, part):
+        part.unlink()
+        raise NextLatError(f"{file.url} gave a file with {wrong}; it was deleted{again}")
     with explained("writing", path):
         os.replace(part, path)
         _tag(part).unlink(missing_ok=True)
@@ -183,17 +183,17 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return request
 
 
-def _check(file: RemoteFile, part: Path, again: str) -> None:
-    size = part.stat().st_size
+def _complaint(file: RemoteFile, path: Path) -> str | None:
+    """What a file that is here has otherwise than announced, or ``None``."""
+    size = path.stat().st_size
     if file.size is not None and size != file.size:
-        part.unlink()
-        raise NextLatError(f"{file.url} gave {size:,} bytes, {file.size:,} were announced; it was deleted{again}")
+        return f"{size:,} bytes instead of {file.size:,}"
     if file.sha256 is not None:
-        with part.open("rb") as opened:
+        with path.open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         if found != file.sha256:
-            part.unlink()
-            raise NextLatError(f"{file.url} has sha256 {found}, {file.sha256} was expected; it was deleted{again}")
+            return f"sha256 {found} instead of {file.sha256}"
+    return None
 
 
 def _reach(where: str) -> None:

@@ -51,6 +51,12 @@ class Manifest(_Record):
     shards: list[Shard]
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what the shards hold."""
+        keys = ("vocab_size", "end_token", "dtype", "shard_tokens", "tokenizer_sha256")
+        return {**self.source, **{key: getattr(self, key) for key in keys}}
+
+    @property
     def repair(self) -> str:
         """What to do about a damaged file."""
         return f"run again: {self.command}" if self.command else "write the folder again; good shards are kept"

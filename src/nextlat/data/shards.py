@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from nextlat.data.manifest import MANIFEST, UNFINISHED, Manifest, complaint, read_manifest
 from nextlat.data.writer import ShardWriter
 from nextlat.errors import NextLatError, unknown
-from nextlat.files import explained
+from nextlat.files import explained, locked
 
 if TYPE_CHECKING:
     from nextlat.data.tokenizer import Tokenizer
@@ -43,6 +43,7 @@ class ShardedTokens:
             for split, shards in self._shards.items()
         }
         self._map = lru_cache(OPEN_SHARDS)(self._map_file)
+        self._verified: set[str] = set()
 
     @classmethod
     def open(cls, folder: Path | str, verify: bool = False) -> ShardedTokens:
@@ -50,7 +51,8 @@ class ShardedTokens:
 
         Args:
             folder: with ``manifest.json``.
-            verify: read every file and compare its sha256; without it names and sizes are compared.
+            verify: read every file and compare its sha256 now; without it names and sizes are compared, and each
+                shard's sha256 when it is read first.
 
         Raises:
             NextLatError: no manifest, or files that are missing, of a wrong size or damaged: each by name, with the
@@ -72,7 +74,10 @@ class ShardedTokens:
         if wrong:
             more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
             raise NextLatError("; ".join(wrong[:8]) + more + f"; {manifest.repair}")
-        return cls(folder, manifest)
+        shards = cls(folder, manifest)
+        if verify:
+            shards._verified.update(shard.file for shard in manifest.shards)
+        return shards
 
     def tokens(self, split: str) -> int:
         """How many tokens a split has, end tokens counted."""
@@ -92,6 +97,9 @@ class ShardedTokens:
 
         Returns:
             (B, length); end tokens after the last token of the split.
+
+        Raises:
+            NextLatError: an unknown split, a place outside it, or a damaged shard.
         """
         bounds = self._split(self._bounds, split)
         starts = np.atleast_1d(np.asarray(begins, np.int64))
@@ -121,7 +129,12 @@ class ShardedTokens:
         return load_tokenizer(self.folder / self.manifest.tokenizer, self.end_token)
 
     def _map_file(self, split: str, number: int) -> NDArray[Any]:
-        path = self.folder / self._shards[split][number].file
+        shard = self._shards[split][number]
+        path = self.folder / shard.file
+        if shard.file not in self._verified:
+            if wrong := complaint(self.folder, shard, verify=True):
+                raise NextLatError(f"{wrong}; {self.manifest.repair}")
+            self._verified.add(shard.file)
         with explained("reading", path):
             return np.memmap(path, self.manifest.dtype, "r")
 
@@ -161,10 +174,15 @@ def write_shards(
 
     Returns:
         The folder, open.
+
+    Raises:
+        NextLatError: the folder was made with other settings, or another process is writing to it.
     """
-    writer = ShardWriter(out, vocab_size, end_token, shard_tokens, tokenizer, source, command)
-    if not writer.complete(split):
-        with writer:
+    with (
+        locked(out, wait=False),
+        ShardWriter(out, vocab_size, end_token, shard_tokens, tokenizer, source, command) as writer,
+    ):
+        if not writer.complete(split):
             for place, document in enumerate(documents):
                 if not writer.has(split, place):
                     writer.add(split, document)

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,15 +25,29 @@ from nextlat.data.tokenizer import Tokenizer, text_module
 from nextlat.data.writer import ShardWriter
 from nextlat.errors import NextLatError
 
+T = TypeVar("T", bound=tuple[Any, ...])
+
 FIRST_SHARD = ""
 """Instead of a split's name: documents fill one shard of ``validation`` first, then ``train``."""
 BATCH_CHARACTERS = 1 << 19
 """What a process gets at a time; fixed, so that the result does not depend on the number of processes."""
+PIECE_CHARACTERS = 1 << 18
+"""Longer documents are tokenised in pieces."""
+WORD = re.compile(r"(?<=\S) (?=\S)")
 READ_CHARACTERS = 1 << 20
 LONGEST_SEPARATOR = 1024
 
 Progress = Callable[[int, int, int], None]
 """Is told the documents, tokens and characters that were added."""
+
+
+class Document(NamedTuple):
+    """A document that has to be tokenised."""
+
+    split: str
+    text: str
+    again: bool
+    """Whether a damaged shard held it."""
 
 
 class Reading(NamedTuple):
@@ -47,8 +62,8 @@ class Reading(NamedTuple):
     encoding: str = "utf-8"
 
 
-def find_files(sources: Sequence[Path]) -> list[Path]:
-    """Files, and all files below folders, in the order of their names; hidden ones are left out.
+def find_files(sources: Sequence[Path], out: Path | None = None) -> list[Path]:
+    """Files, and all files below folders, in the order of their names; hidden ones, and those in ``out``, are left out.
 
     Raises:
         NextLatError: a source that does not exist, or nothing found.
@@ -59,7 +74,8 @@ def find_files(sources: Sequence[Path]) -> list[Path]:
             found.append(source)
         elif source.is_dir():
             below = (path for path in source.rglob("*") if path.is_file())
-            found += sorted(p for p in below if not any(part.startswith(".") for part in p.relative_to(source).parts))
+            seen = (p for p in below if not any(part.startswith(".") for part in p.relative_to(source).parts))
+            found += sorted(p for p in seen if out is None or out.resolve() not in p.resolve().parents)
         else:
             raise NextLatError(f"there is no file or folder {source}")
     if not found:
@@ -190,7 +206,7 @@ def tokenise(
         writer: open; closing and finishing it is the caller's.
         tokenizer: for all of them.
         workers: processes; 1 tokenises in this one.
-        max_tokens: stop with the document that makes this many.
+        max_tokens: stop with the document that makes this many; those of damaged shards are made again in any case.
         counted: of this split alone; ``None`` counts all.
         progress: is told what was added.
 
@@ -203,29 +219,37 @@ def tokenise(
     def so_far() -> int:
         return writer.tokens.total() if counted is None else writer.tokens[counted]
 
-    if max_tokens is not None and so_far() >= max_tokens:
+    def done() -> bool:
+        return max_tokens is not None and so_far() >= max_tokens and not writer.wanting(counted)
+
+    if done():
         return
     with closing(_encoded(_batches(_missing(pairs, writer)), tokenizer, writer.settings.dtype, workers)) as encoded:
         for batch, (tokens, lengths) in encoded:
             sizes = lengths + (lengths > 0)  # with end tokens
             count = len(lengths)
             if max_tokens is not None:
-                counts = [counted in (None, split) for split, _ in batch]
-                reached = so_far() + np.cumsum(np.where(counts, sizes, 0))
-                count = min(int(np.searchsorted(reached, max_tokens)) + 1, count)
-            splits = [split for split, _ in batch[:count]]
+                again = np.array([document.again for document in batch])
+                counts = ~again & [counted in (None, document.split) for document in batch]
+                before = so_far() + np.cumsum(sizes * counts) - sizes * counts
+                count = next(iter(np.flatnonzero((before >= max_tokens) & ~again).tolist()), count)
+            splits = [document.split for document in batch[:count]]
             _write(writer, splits, tokens[: int(lengths[:count].sum())], lengths[:count])
             if progress is not None:
-                progress(count, int(sizes[:count].sum()), sum(len(text) for _, text in batch[:count]))
-            if max_tokens is not None and so_far() >= max_tokens:
+                progress(count, int(sizes[:count].sum()), sum(len(document.text) for document in batch[:count]))
+            if count < len(batch) or done():
                 return
 
 
-def _missing(pairs: Iterable[tuple[str, str]], writer: ShardWriter) -> Iterator[tuple[str, str]]:
+def _missing(pairs: Iterable[tuple[str, str]], writer: ShardWriter) -> Iterator[Document]:
     """The documents whose shards are not there yet."""
     places: Counter[str] = Counter()
+    listed: Counter[str] = Counter()
+    for (split, _), shard in writer.listed.items():
+        listed[split] += shard.documents + shard.empty
     first = writer.listed.get(("validation", 0))
     held_out = first.documents + first.empty if first is not None else 0
+    listed[FIRST_SHARD] = listed["train"] + held_out
     for split, text in pairs:
         place = places[split]
         places[split] += 1
@@ -236,14 +260,15 @@ def _missing(pairs: Iterable[tuple[str, str]], writer: ShardWriter) -> Iterator[
         else:
             there = writer.has("train", place - held_out)
         if not there:
-            yield split, text
+            yield Document(split, text, place < listed[split])
 
 
-def _batches(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+    """Items whose second entry is a text, in lists of about as many characters."""
     batch, size = [], 0
-    for pair in pairs:
-        batch.append(pair)
-        size += len(pair[1])
+    for item in items:
+        batch.append(item)
+        size += len(item[1])
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -251,25 +276,38 @@ def _batches(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
         yield batch
 
 
+def pieces(text: str) -> Iterator[str]:
+    """A text, cut if it is long: tokenizers take hundreds of bytes of memory for a character.
+
+    Cuts lie before single spaces, where tokenizers cut that keep a space with the word behind it, so the tokens are
+    those of the whole. One that marks the beginning of a text in its own way marks pieces too.
+    """
+    begin = 0
+    while len(text) - begin > PIECE_CHARACTERS and (cut := WORD.search(text, begin + PIECE_CHARACTERS)):
+        yield text[begin : cut.start()]
+        begin = cut.start()
+    yield text[begin:]
+
+
 Encoded = tuple[NDArray[Any], NDArray[np.int64]]
 """Tokens of many documents one behind the other, and the tokens of each."""
 
 
 def _encoded(
-    batches: Iterator[list[tuple[str, str]]], tokenizer: Tokenizer, dtype: str, workers: int
-) -> Generator[tuple[list[tuple[str, str]], Encoded], None, None]:
+    batches: Iterator[list[Document]], tokenizer: Tokenizer, dtype: str, workers: int
+) -> Generator[tuple[list[Document], Encoded], None, None]:
     """Batches with their tokens, in order."""
     if workers == 1:
         for batch in batches:
-            yield batch, _flat(tokenizer, [text for _, text in batch], dtype)
+            yield batch, _flat(tokenizer, [document.text for document in batch], dtype)
         return
     # a forked copy of a process with threads may hang; a fresh one imports this module and little else
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start, (tokenizer.json, tokenizer.end_token, dtype))
-    waiting: deque[tuple[list[tuple[str, str]], Future[Encoded]]] = deque()
+    waiting: deque[tuple[list[Document], Future[Encoded]]] = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_work, [text for _, text in batch])))
+            waiting.append((batch, pool.submit(_work, [document.text for document in batch])))
             if len(waiting) > 2 * workers:
                 batch, result = waiting.popleft()
                 yield batch, result.result()
@@ -284,6 +322,7 @@ def _encoded(
 
 def _start(tokenizer: str, end_token: int, dtype: str) -> None:
     global _own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _own = Tokenizer(text_module("tokenizers").Tokenizer.from_str(tokenizer), end_token), dtype
 
@@ -297,9 +336,13 @@ def _work(texts: list[str]) -> Encoded:
 
 
 def _flat(tokenizer: Tokenizer, texts: list[str], dtype: str) -> Encoded:
-    found = tokenizer.encode_batch(texts)
-    lengths = np.array([len(tokens) for tokens in found], np.int64)
-    return np.fromiter(chain.from_iterable(found), dtype, int(lengths.sum())), lengths
+    lengths, parts = np.zeros(len(texts), np.int64), [np.zeros(0, dtype)]
+    for group in _batches((number, piece) for number, text in enumerate(texts) for piece in pieces(text)):
+        found = tokenizer.encode_batch([piece for _, piece in group])
+        counts = np.array([len(tokens) for tokens in found], np.int64)
+        np.add.at(lengths, [number for number, _ in group], counts)
+        parts.append(np.fromiter(chain.from_iterable(found), dtype, int(counts.sum())))
+    return np.concatenate(parts), lengths
 
 
 def _write(writer: ShardWriter, splits: list[str], tokens: NDArray[Any], lengths: NDArray[np.int64]) -> None:
@@ -321,7 +364,7 @@ def sample(pairs: Iterable[tuple[str, str]], characters: int) -> list[str]:
     texts: list[str] = []
     for split, text in pairs:
         if split != "validation":
-            texts.append(text)
+            texts += pieces(text[: max(characters, PIECE_CHARACTERS)])
             characters -= len(text)
             if characters <= 0:
                 break

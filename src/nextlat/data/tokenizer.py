@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,12 @@ class Tokenizer:
         self.vocab_size: int = max(engine.get_vocab(with_added_tokens=True).values()) + 1
         self.end_token: int = self._find(end_token)
         self.hash: str = hashlib.sha256(self.json.encode()).hexdigest()
-        self._prefix: str = json.loads(self.json)["model"].get("continuing_subword_prefix") or ""
+        decoders = text_module("tokenizers").decoders
+        prefix = json.loads(self.json)["model"].get("continuing_subword_prefix")
+        if prefix and isinstance(engine.decoder, decoders.ByteLevel):
+            # pieces inside a word carry a prefix that the byte-level decoder leaves in the text
+            inside = text_module("tokenizers").Regex(f"^{re.escape(prefix)}(?=.)")
+            engine.decoder = decoders.Sequence([decoders.Replace(inside, ""), engine.decoder])
 
     def _find(self, end_token: int | str | None) -> int:
         if isinstance(end_token, int):
@@ -102,9 +108,6 @@ class Tokenizer:
             piece = self._engine.id_to_token(int(token)) if token >= 0 else None
             if piece is None:
                 raise NextLatError(f"token {token} is not one of the {self.vocab_size} tokens")
-            # pieces inside a word carry a prefix that byte-level decoders leave in the text
-            if self._prefix and len(piece) > len(self._prefix):
-                piece = piece.removeprefix(self._prefix)
             pieces.append(piece)
         decoder = self._engine.decoder
         return str(decoder.decode(pieces)) if decoder is not None else "".join(pieces)
@@ -112,6 +115,10 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write ``tokenizer.json``, which Hugging Face libraries read too."""
         write_text(path, self.json)
+
+    def save_portable(self, path: Path) -> None:
+        """Write a ``tokenizer.json`` whose texts are right in libraries that know nothing of prefixes."""
+        write_text(path, self._engine.to_str())
 
 
 def load_tokenizer(path: Path | str, end_token: int | str | None = None) -> Tokenizer:

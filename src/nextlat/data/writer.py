@@ -89,8 +89,8 @@ class ShardWriter:
             else:
                 self.damaged.append(wrong)
         self.tokens: Counter[str] = Counter()
-        """Tokens of each split, in good and new shards and the ones being written."""
-        for (split, _), shard in self.good.items():
+        """Tokens of each split: of listed shards, damaged ones too, and of what was added behind them."""
+        for (split, _), shard in self.listed.items():
             self.tokens[split] += shard.tokens
         self._spans: dict[str, list[list[int]]] = {}  # places of the documents whose shards are good
         for split in numbers:
@@ -113,17 +113,20 @@ class ShardWriter:
         if not present:
             return None
         before = read_manifest(present[0])
-        for key in ("vocab_size", "end_token", "dtype", "shard_tokens", "tokenizer_sha256", "source"):
-            old, new = getattr(before, key), getattr(self.settings, key)
-            if old != new:
-                raise NextLatError(
-                    f"{self.out} was made with {key} {old!r} and now it is {new!r}; choose another folder, or delete it"
-                )
+        old, new = before.identity, self.settings.identity
+        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        if changed:
+            told = "; ".join(f"{key} was {_short(old.get(key))} and is now {_short(new.get(key))}" for key in changed)
+            raise NextLatError(f"{self.out} was made with other settings: {told}; choose another folder, or delete it")
         return before
+
+    def wanting(self, split: str | None = None) -> bool:
+        """Whether a listed shard, of this split or of any, has to be made again."""
+        return any(key not in self.good for key in self.listed if split in (None, key[0]))
 
     def complete(self, split: str) -> bool:
         """Whether a split was whole when the folder was opened, and still is."""
-        return split in self.splits and all(key in self.good for key in self.listed if key[0] == split)
+        return split in self.splits and not self.wanting(split)
 
     def has(self, split: str, place: int) -> bool:
         """Whether the shard of a document is there already, by the document's place in its split."""
@@ -166,7 +169,8 @@ class ShardWriter:
             real = sizes[first:stop][sizes[first:stop] > 0]
             opened = np.insert(tokens[begin : ends[stop - 1]], real.cumsum() - real, self.settings.end_token)
             shard.write(opened.astype(self.settings.dtype), len(real), stop - first - len(real))
-            self.tokens[split] += len(opened)
+            if (split, shard.number) not in self.listed:
+                self.tokens[split] += len(opened)
             if shard.tokens >= self.settings.shard_tokens:
                 self._close(split)
             first = stop
@@ -210,8 +214,10 @@ class ShardWriter:
             self._close(split)
         for split in splits:
             if (split, 0) not in self.good:
+                count = sum(shard.documents for shard in self.good.values())
                 raise NextLatError(
-                    f"no document is in split {split!r}; give more text, smaller shards, or another part to hold out"
+                    f"none of the {count} documents is in split {split!r}; cut files into more documents (--per-line, "
+                    "--separator), give more text or smaller shards (--shard-tokens), or another part to hold out"
                 )
         missing = [shard.file for key, shard in self.listed.items() if key not in self.good]
         if missing:
@@ -232,6 +238,11 @@ class ShardWriter:
         for shard in self._open.values():
             shard.abandon()
         self._open.clear()
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 class _OpenShard:

@@ -220,6 +220,12 @@ class TokenCache:
         self.lengths = [length + new.shape[1] for length in self.lengths]
         return self.tokens[:, :longest], places
 
+    def keep(self, places: Sequence[Sequence[int]], begins: Sequence[int]) -> None:
+        """Of what was stored behind ``begins``, remember chosen places of each row, moved together in order."""
+        for row, (chosen, begin) in enumerate(zip(places, begins, strict=True)):
+            self.tokens[row, begin : begin + len(chosen)] = self.tokens[row, [begin + place for place in chosen]]
+        self.lengths = [begin + len(chosen) for chosen, begin in zip(places, begins, strict=True)]
+
     def select(self, rows: Sequence[int]) -> None:
         """Go on with chosen rows only, in the order given."""
         self.tokens = self.tokens[torch.tensor(rows, device=self.tokens.device)]

@@ -38,7 +38,7 @@ def model_card(trained: Trained, facts: Mapping[str, Any], difference: float) ->
             "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if tokenizer else ""),
             "",
             'model = AutoModelForCausalLM.from_pretrained("PATH")',
-            *(['tokenizer = AutoTokenizer.from_pretrained("PATH")'] if tokenizer else []),
+            *(_SPEAK if tokenizer else []),
             "```",
             "",
             f"Weights are {facts['dtype']}. Before this folder was put in its place, its logits, computed by "
@@ -64,6 +64,13 @@ def model_card(trained: Trained, facts: Mapping[str, Any], difference: float) ->
             "",
         ]
     )
+
+
+_SPEAK = [
+    'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+    'inputs = tokenizer(tokenizer.bos_token + "Once", return_tensors="pt")  # a text begins with the end token',
+    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+]
 
 
 def _what(trained: Trained, tokenizer: bool) -> list[str]:

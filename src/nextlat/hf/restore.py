@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from nextlat.config import resolve
+from nextlat.data.manifest import TOKENIZER
 from nextlat.errors import NextLatError
 from nextlat.files import explained, write_json
 from nextlat.hf.dynamics import load_dynamics
@@ -58,7 +59,9 @@ def import_run(folder: Path, runs_dir: Path, name: str | None = None) -> Path:
             {**facts["environment"], "imported_from": str(folder.resolve()), "exported_dtype": facts["dtype"]},
         )
         save_checkpoint(run.checkpoints, facts["step"], built.objective, {})
-        with explained("creating", run.path / "evaluations"):
+        with explained("writing", run.path):
+            if (folder / TOKENIZER).is_file():
+                shutil.copyfile(folder / TOKENIZER, run.path / TOKENIZER)
             (run.path / "evaluations").mkdir()
         for label, content in facts["evaluations"].items():
             write_json(run.path / "evaluations" / f"{Path(label).name}.json", content)

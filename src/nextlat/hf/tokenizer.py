@@ -18,7 +18,7 @@ def task_tokenizer(task: Task) -> Tokenizer | None:
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``; the end token opens, ends and pads, as for GPT-2."""
-    tokenizer.save(folder / "tokenizer.json")
+    tokenizer.save_portable(folder / "tokenizer.json")
     added = json.loads(tokenizer.json)["added_tokens"]
     end = next((token["content"] for token in added if token["id"] == tokenizer.end_token), None)
     special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -149,18 +150,19 @@ class TinyStories:
         ):
             if found != wanted:
                 raise NextLatError(f"data.{key} is {wanted} and {self.place} has {found}; set data.{key}={found}")
+        if lacking := set(self.splits) - set(shards.splits):
+            raise NextLatError(f"{self.place} has no split {lacking.pop()}; make it again with a part that is held out")
         return shards
 
     def _make(self) -> None:
         """Tokenise into a folder aside and rename it; a second process waits and finds it there."""
         place = self.place
-        with explained("making", place):
-            place.parent.mkdir(parents=True, exist_ok=True)
         with locked(place.parent):
             if self.ready:
                 return
             for left in place.parent.glob(f".{place.name}.*"):  # of a process that was killed: we hold the lock
                 shutil.rmtree(left)
+            print(f"making {place}, once for all runs", file=sys.stderr, flush=True)
             aside = place.with_name(f".{place.name}.{os.getpid()}")
             try:
                 self._write(aside)
@@ -170,6 +172,7 @@ class TinyStories:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _write(self, out: Path) -> None:
+        from nextlat.data.command import tokenising
         from nextlat.data.text import sample, tokenise
         from nextlat.data.tokenizer import byte_tokenizer, train_bpe
         from nextlat.data.writer import ShardWriter
@@ -184,7 +187,8 @@ class TinyStories:
         command = f"delete {self.place} and train again"
         source = options.model_dump(mode="json")
         with ShardWriter(out, self.vocab_size, tokenizer.end_token, SHARD_TOKENS, tokenizer, source, command) as writer:
-            tokenise(self._documents(), writer, tokenizer)
+            with tokenising() as add:
+                tokenise(self._documents(), writer, tokenizer, progress=add)
             writer.finish("train", "validation")
 
     def _documents(self) -> Iterator[tuple[str, str]]:

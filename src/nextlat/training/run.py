@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,6 +84,17 @@ class RunDirectory:
                 f"{self.path / 'config.yaml'} was changed since the run began (hash {self.config.hash()}, "
                 f"not {recorded}); restore it, or start a new run with the new values"
             )
+
+    def refuse_changed_data(self, facts: Mapping[str, Any]) -> None:
+        """Go on only with the data that the run began with; ``facts`` is what its task says of them now."""
+        file = self.path / "environment.json"
+        recorded = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for key, value in facts.items():
+            if key.endswith("sha256") and recorded.get(key, value) != value:
+                raise NextLatError(
+                    f"the data of {self.path} are not those it began with ({key} was {recorded[key]}, now {value}); "
+                    "bring those back, or start a new run"
+                )
 
     def _acquire(self) -> None:
         with explained("opening", self.path / "log.txt"):

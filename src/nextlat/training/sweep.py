@@ -232,8 +232,6 @@ def record(path: Path, run: Path, config: Config) -> None:
 
 def append(path: Path, new: Sequence[dict[str, Any]]) -> None:
     """Add rows to a CSV at once; rows of the same configuration hash are replaced."""
-    with explained("creating", path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):  # sweeps may share a file
         hashes = {row["config_hash"] for row in new}
         rows: list[dict[str, Any]] = [row for row in read_results(path) if row["config_hash"] not in hashes]

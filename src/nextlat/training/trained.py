@@ -6,13 +6,15 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nextlat.config import Config
+from nextlat.data.manifest import TOKENIZER
+from nextlat.data.tokenizer import load_tokenizer
 from nextlat.errors import NextLatError
 from nextlat.evaluation import find_evaluation
 from nextlat.files import explained, write_json
@@ -60,6 +62,8 @@ def load_run(path: Path, device: str | None = None, which: str = "newest") -> Tr
             raise NextLatError(f"{path} has no best checkpoint; train with training.save=best")
         checkpoint = checkpoint.with_name(pointer.read_text(encoding="utf-8").strip())
     built = build(config)
+    if (path / TOKENIZER).is_file():  # an imported run has its own; the data may not be on this machine
+        cast(Any, built.task).tokenizer = load_tokenizer(path / TOKENIZER, built.task.end_token)
     step = load_weights(checkpoint, built.objective)
     place = prepare(config)
     built.objective.to(place).eval()

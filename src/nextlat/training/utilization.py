@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from nextlat.config import Config, ModelConfig
 from nextlat.model.trunk import feed_forward_width
 
 BF16_PEAK = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
     "A100": 312e12,
     "H100": 989e12,
     "H200": 989e12,
@@ -18,7 +23,7 @@ BF16_PEAK = {
     "L4": 121e12,
     "RTX 4090": 165e12,
 }
-"""Dense bf16 FLOP/s by the makers' data sheets, without sparsity."""
+"""Dense bf16 FLOP/s by the makers' data sheets, without sparsity; the first whose words a device's name has counts."""
 
 
 def flops_per_token(model: ModelConfig, vocab_size: int, length: int) -> float:
@@ -42,8 +47,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """The device's dense bf16 FLOP/s; ``None`` on a CPU, in fp32, and for GPUs that are not listed."""
     if device.type != "cuda" or precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in BF16_PEAK.items() if key in name), None)
+    words = f" {' '.join(re.findall('[A-Za-z0-9]+', torch.cuda.get_device_name(device)))} "  # an L40 is no L4
+    return next((peak for key, peak in BF16_PEAK.items() if f" {key} " in words), None)
 
 
 class Utilization:
