@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ class Remembered:
 
     def __init__(self, rows: int) -> None:
         self.tokens = torch.empty(rows, 0, dtype=torch.int64)
+
+    def keep(self, places: Sequence[Sequence[int]], begins: Sequence[int]) -> None:
+        """Without drafts every token is kept."""
 
 
 class Walker:
