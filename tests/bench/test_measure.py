@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from nextlat.bench.measure import Timing, compare, interleave, peak_memory
+from nextlat.bench.measure import peak_memory
 from nextlat.bench.results import Result, notes, number
+from nextlat.timing import Timing, compare, interleave
 
 MEGABYTE = 2**20
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import nextlat.decoding.costs as module
-from nextlat.bench.measure import Timing
 from nextlat.decoding import Sampling
 from nextlat.decoding.costs import Costs, expected_tokens, measure_costs
 from nextlat.errors import NextLatError
+from nextlat.timing import Timing
 from tests.decoding.test_speculative import trained
 
 PACKED = {1: 1.0, 2: 1.02, 3: 1.07, 4: 1.15, 6: 1.18, 8: 1.33, 12: 1.46, 16: 1.61, 32: 2.25}

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from nextlat.batch import Batch
 from nextlat.bench.loops import TRAINING, Shape, ours_step, trunk
-from nextlat.bench.measure import compare, interleave, seconds
 from nextlat.bench.results import Effort, Result, milliseconds
 from nextlat.model.attention import Layout, attend, document_layout, run_index
+from nextlat.timing import compare, interleave, seconds
 from nextlat.training.optimizers import make_optimizer
 
 RAGGED = (100, 300, 50, 574)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nextlat.bench.measure import Arm, Ratio, Timing, compare, interleave, seconds
 from nextlat.bench.replay import Replay, steady
 from nextlat.bench.results import Effort, Result, milliseconds
 from nextlat.decoding.cheap import cheaper, frequent_tokens
@@ -23,6 +22,7 @@ from nextlat.decoding.speculative import Statistics
 from nextlat.model.interfaces import CausalLM
 from nextlat.model.trunk import Transformer
 from nextlat.objectives.nextlat import NextLat
+from nextlat.timing import Arm, Ratio, Timing, compare, interleave, seconds
 
 SPEEDUPS = {0.8: 2.3, 0.9: 3.2, 0.95: 4.2}
 """Acceptance -> least accepted gain over cached decoding."""

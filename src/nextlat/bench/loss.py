@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextlat.bench.measure import Arm, Peak, Timing, compare, interleave, peak_memory, seconds
+from nextlat.bench.measure import Peak, peak_memory
 from nextlat.bench.results import Effort, Result, milliseconds
 from nextlat.objectives.token_losses import token_losses
+from nextlat.timing import Arm, Timing, compare, interleave, seconds
 
 PAGES = 2**20
 """Growth of a process below it is chance: loaded code, the allocator's own book-keeping."""

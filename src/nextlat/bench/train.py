@@ -18,8 +18,8 @@ from nextlat.bench.loops import (
     ours_step,
     random_batch,
 )
-from nextlat.bench.measure import Timing, compare, interleave, seconds
 from nextlat.bench.results import Effort, Result, milliseconds
+from nextlat.timing import Timing, compare, interleave, seconds
 
 OVERHEADS = {1: 1.15, 4: 1.45}
 """Horizon -> largest accepted time of a nextlat step, in gpt steps."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from nextlat.bench.results import Result
 from nextlat.decoding.adaptive import CostAware
 from nextlat.decoding.cheap import cheaper, count_targets, frequent_tokens
-from nextlat.decoding.command import advice, load, longest_draft, need_drafter
+from nextlat.decoding.command import load, longest_draft, need_drafter
 from nextlat.decoding.costs import Costs, measure_costs
 from nextlat.decoding.packed import Packed, packed
 from nextlat.decoding.policies import Policy, Static
@@ -106,7 +106,7 @@ def adaptive_against_static(one: Contender, temperature: float) -> Iterator[Resu
             f"{sum(arms[ADAPTIVE].statistics.drafted) / arms[ADAPTIVE].statistics.rounds:.2f}; by position "
             + " ".join(f"{share:.2f}" for share in arms[str(max(map(int, statics(arms))))].acceptance),
         )
-    note = f"{one.name}: {advice(one.costs)}"
+    note = f"{one.name}: {one.costs.advice()}"
     yield Result(
         "adaptive / best static length: geometric mean", geometric_mean(gains), MEAN, setting=setting, note=note
     )

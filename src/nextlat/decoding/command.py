@@ -70,7 +70,7 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
     if drafter is not None and request.speculative == AUTO:
         context = len(ids) + request.max_new_tokens // 2
         lm, costs = prepared(trained, drafter, context, sampling)
-        print(advice(costs), file=sys.stderr)
+        print(costs.advice(), file=sys.stderr)
         policy = CostAware(costs, longest_draft(drafter))
     elif drafter is not None:
         policy = Static(read_length(request.speculative))
@@ -135,21 +135,6 @@ def read_length(text: str) -> int:
         return int(text)
     except ValueError:
         raise NextLatError(f"--speculative is {text!r}; choose off, auto or a number of tokens to draft") from None
-
-
-def advice(costs: Costs) -> str:
-    """What the measured costs mean, in a sentence."""
-    prices = (
-        f"a draft step costs {costs.draft:.2f} of a decoding step, a call over 4 tokens {costs.verification(4):.2f}"
-    )
-    least = costs.break_even()
-    if least is None:
-        return f"{prices}: drafts do not pay here, whatever is accepted"
-    best = costs.best_length(0.8)
-    return (
-        f"{prices}: drafts pay from an acceptance of {least:.0%} on; "
-        f"at 80 % the best length is {best}, {costs.speedup(0.8, best):.2f}x plain decoding"
-    )
 
 
 def prepared(trained: Trained, drafter: Drafter, context: int, sampling: Sampling) -> tuple[CausalLM, Costs]:
@@ -222,7 +207,7 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
     stop = () if task.end_token is None else (task.end_token,)
     print(f"{trained.config.objective} of {run} at step {trained.step}, temperature {survey.temperature:g}")
     print(f"{survey.prompts} prompts of each domain, one at a time, {new} new tokens")
-    print(advice(costs))
+    print(costs.advice())
     found = {}
     for name in names:
         moved = [prompt.to(trained.device) for prompt in prompts[name]]

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nextlat.bench.measure import Arm, interleave, seconds
 from nextlat.decoding.policies import check_length
 from nextlat.decoding.sampling import Sampling, draw
 from nextlat.decoding.verification import find_verification
 from nextlat.errors import NextLatError
 from nextlat.model.interfaces import CausalLM, Drafter
+from nextlat.timing import Arm, interleave, seconds
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 LONGEST = 32
@@ -105,6 +105,20 @@ class Costs:
             middle = (low + high) / 2
             low, high = (low, middle) if pays(middle) else (middle, high)
         return high
+
+    def advice(self) -> str:
+        """What the measured costs mean, in a sentence."""
+        prices = (
+            f"a draft step costs {self.draft:.2f} of a decoding step, a call over 4 tokens {self.verification(4):.2f}"
+        )
+        least = self.break_even()
+        if least is None:
+            return f"{prices}: drafts do not pay here, whatever is accepted"
+        best = self.best_length(0.8)
+        return (
+            f"{prices}: drafts pay from an acceptance of {least:.0%} on; "
+            f"at 80 % the best length is {best}, {self.speedup(0.8, best):.2f}x plain decoding"
+        )
 
 
 def expected_tokens(acceptance: float | Sequence[float], length: int) -> float:

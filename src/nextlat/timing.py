@@ -1,0 +1,90 @@
+"""Timing functions against each other, in turn."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from statistics import median, quantiles
+from typing import NamedTuple
+
+import torch
+
+Arm = Callable[[], object]
+
+
+class Timing(NamedTuple):
+    """Seconds of every repetition of one arm, in order."""
+
+    cpu: tuple[float, ...]
+    """Processor time of the whole process, all threads together."""
+    wall: tuple[float, ...]
+
+
+class Ratio(NamedTuple):
+    """How much longer one arm takes than another."""
+
+    value: float
+    """Ratio of the medians."""
+    wall: float
+    """The same of wall time."""
+    low: float
+    """Lower quartile of the ratios of single repetitions: how far a neighbour's load moves the figure."""
+    high: float
+    """Upper quartile."""
+
+
+def interleave(arms: Mapping[str, Arm], repetitions: int, warmup: int = 1) -> dict[str, Timing]:
+    """Run the arms in turn, A B C A B C ..., so that a busy neighbour slows all of them alike.
+
+    Garbage is collected between rounds and never inside a timed region; what an arm returns is freed inside it.
+
+    Args:
+        arms: functions without arguments.
+        repetitions: timed rounds.
+        warmup: rounds before them that are not timed.
+    """
+    cpu: dict[str, list[float]] = {name: [] for name in arms}
+    wall: dict[str, list[float]] = {name: [] for name in arms}
+    for round_number in range(warmup + repetitions):
+        with collector_paused():
+            for name, arm in arms.items():
+                began = time.perf_counter(), time.process_time()
+                arm()
+                spent = time.perf_counter() - began[0], time.process_time() - began[1]
+                if round_number >= warmup:
+                    wall[name].append(spent[0])
+                    cpu[name].append(spent[1])
+    return {name: Timing(tuple(cpu[name]), tuple(wall[name])) for name in arms}
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Collect garbage now, and not again before the end of the block."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def compare(slow: Timing, fast: Timing) -> Ratio:
+    """Time of ``slow`` in units of ``fast``.
+
+    On one thread the value is that of processor time, which a neighbour on the same core does not inflate. On
+    several threads processor time counts waiting threads as work, and the value is that of wall time.
+    """
+    wall = median(slow.wall) / median(fast.wall)
+    one, other = (slow.cpu, fast.cpu) if torch.get_num_threads() == 1 else (slow.wall, fast.wall)
+    single = [a / b for a, b in zip(one, other, strict=True)]
+    low, _, high = quantiles(single, n=4, method="inclusive") if len(single) > 1 else single * 3
+    return Ratio(median(one) / median(other), wall, low, high)
+
+
+def seconds(timing: Timing) -> float:
+    """The median that :func:`compare` uses."""
+    return median(timing.cpu if torch.get_num_threads() == 1 else timing.wall)
