@@ -28,7 +28,7 @@ def test_the_losses_of_all_arms_and_their_gradients_are_equal(name: str, horizon
 
 def test_the_kl_of_the_reference_is_from_the_true_to_the_predicted_law() -> None:
     inputs = loss.make_inputs(SIZES, 2, dtype=torch.float64)
-    p, q = (torch.softmax(s @ inputs.weight.T, -1) for s in (inputs.hidden[:, 2:], inputs.states[1]))
+    p, q = (torch.softmax(s @ inputs.weight.T, -1) for s in (inputs.hidden[:, 2:], inputs.states[1][:, 2:]))
     found = loss.materialised(inputs)[2]
     assert float(found.detach()) == pytest.approx(float((p * (p / q).log()).sum().detach()), rel=1e-12)
 

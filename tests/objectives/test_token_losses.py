@@ -195,7 +195,8 @@ def test_without_gradients_only_the_sums_are_made(monkeypatch: pytest.MonkeyPatc
         sums = token_losses(*given, block=8)
     assert not sums.requires_grad
     assert products == []
-    torch.testing.assert_close(sums, expected.detach(), rtol=0, atol=0)
+    # with gradients the mean logits come from products that are made anyway, and so in another order of addition
+    torch.testing.assert_close(sums, expected.detach(), rtol=1e-13, atol=0)
 
 
 def test_a_frozen_head_and_frozen_states_cost_no_gradient() -> None:

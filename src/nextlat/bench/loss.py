@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
     targets: Tensor
     """(B, T) int64."""
     states: tuple[Tensor, ...]
-    """(B, T - i, D) for i = 1 ... d: predicted states, row t a guess of the state at t + i."""
+    """(B, T, D) for i = 1 ... d: guesses of the states, made i positions before; of the first i there is none."""
 
     def live(self) -> list[Tensor]:
         """The tensors that get a gradient."""
@@ -65,7 +65,7 @@ def make_inputs(sizes: Sizes, horizon: int, head_live: bool = True, dtype: torch
         leaf(rows, length, width),
         leaf(sizes.vocab, width, scale=width**-0.5, live=head_live),
         torch.randint(sizes.vocab, (rows, length), generator=g),
-        tuple(leaf(rows, length - step, width) for step in range(1, horizon + 1)),
+        tuple(leaf(rows, length, width) for _ in range(horizon)),
     )
 
 
@@ -75,7 +75,7 @@ def ours(inputs: Inputs) -> Tensor:
     students = []
     for step, state in enumerate(inputs.states, start=1):
         reached = (torch.arange(length) >= step).repeat(rows)
-        students.append((F.pad(state, (0, 0, step, 0)).flatten(0, 1), reached))
+        students.append((state.flatten(0, 1), reached))
     return token_losses(inputs.hidden.flatten(0, 1), inputs.weight, inputs.targets.flatten(), students)
 
 
@@ -85,7 +85,7 @@ def materialised(inputs: Inputs) -> Tensor:
     sums = [F.cross_entropy(logits.flatten(0, 1), inputs.targets.flatten(), reduction="sum")]
     teacher = F.log_softmax(logits.detach(), -1)
     for step, state in enumerate(inputs.states, start=1):
-        student = F.log_softmax(F.linear(state, inputs.weight.detach()), -1)
+        student = F.log_softmax(F.linear(state[:, step:], inputs.weight.detach()), -1)
         sums.append(F.kl_div(student, teacher[:, step:], reduction="sum", log_target=True))
     return torch.stack(sums)
 
@@ -97,7 +97,7 @@ def recomputed(inputs: Inputs) -> Tensor:
     for step, state in enumerate(inputs.states, start=1):
         with torch.no_grad():
             teacher = F.log_softmax(F.linear(inputs.hidden[:, step:], inputs.weight), -1)
-        student = F.log_softmax(F.linear(state, inputs.weight.detach()), -1)
+        student = F.log_softmax(F.linear(state[:, step:], inputs.weight.detach()), -1)
         sums.append(F.kl_div(student, teacher, reduction="sum", log_target=True))
     return torch.stack(sums)
 
@@ -108,7 +108,9 @@ ARMS: dict[str, Losses] = {"materialised": materialised, "recomputed": recompute
 def gradients(losses: Losses, inputs: Inputs) -> tuple[Tensor, ...]:
     """The sums, and the gradients of cross-entropy per token plus mean KL per token over the steps."""
     sums = losses(inputs)
-    counts = [inputs.targets.numel(), *(s.shape[0] * s.shape[1] * len(inputs.states) for s in inputs.states)]
+    rows, length = inputs.targets.shape
+    steps = range(1, len(inputs.states) + 1)
+    counts = [rows * length, *(rows * (length - step) * len(steps) for step in steps)]
     total = (sums / sums.new_tensor(counts)).sum()
     return (sums.detach(), *torch.autograd.grad(total, inputs.live()))
 
@@ -129,7 +131,7 @@ def only_products(inputs: Inputs) -> Arm:
     The logits are made in memory that is there beforehand, and larger products are the faster ones.
     """
     weight = inputs.weight.detach()
-    states = [s.detach().flatten(0, 1) for s in (inputs.hidden, *inputs.states)]
+    states = [s.detach()[:, step:].flatten(0, 1) for step, s in enumerate((inputs.hidden, *inputs.states))]
     logits, d_weight = torch.zeros(len(states[0]), len(weight)), torch.zeros_like(weight)
 
     def products() -> None:

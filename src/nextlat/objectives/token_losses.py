@@ -144,19 +144,18 @@ class _TokenLosses(torch.autograd.Function):
             _multiply(h, weight, a)
             log_total, a_y = _softmax(a, p, y, h, weight)
             sums[0] += (log_total - a_y).sum()
-            if any(live):
-                expected = _times(p, weight)  # (n, D) the head's row, on average over p
-            if d_hidden is not None:
+            expected = _times(p, weight) if any(live) else None  # (n, D) the head's row, on average over p
+            if d_hidden is not None and expected is not None:
                 d_hidden[part] = expected - head_weight[y]
             if d_weight is not None:
                 d_weight.addmm_(p.T, h.to(full)).index_add_(0, y, h.to(full), alpha=-1)
             if not predicted:
                 continue
-            negative_entropy = torch.linalg.vecdot(p, a) - log_total
+            negative_entropy = _mean_logit(p, a, expected, h) - log_total
             for step, (s, here) in enumerate(zip(predicted, reached, strict=True)):
                 b = logits[: len(h)]
                 _multiply(s[part], weight, b)
-                overlap = torch.linalg.vecdot(p, b)
+                overlap = _mean_logit(p, b, expected, s[part])
                 q = b if b.device.type == "cpu" else torch.empty_like(b)  # a third block costs a CPU memory and time
                 log_sum, b_y = _softmax(b, q, y, s[part], weight)
                 outside = ~here[part]
@@ -170,7 +169,7 @@ class _TokenLosses(torch.autograd.Function):
                         value = torch.linalg.vector_norm(more, 1, -1) / 2
                     sums[1 + number] += value.masked_fill(outside, 0).sum()
                     d_state = d_predicted[number]
-                    if d_state is None:
+                    if d_state is None or expected is None:
                         continue
                     if kind == "kl":
                         made = _times(q, weight) - expected
@@ -228,6 +227,16 @@ def _softmax(
         again = (states[unlikely].to(weight.dtype) @ weight.T).to(logits.dtype)
         log_total[unlikely] = torch.logsumexp(again, -1)
     return log_total, at_target
+
+
+def _mean_logit(probabilities: Tensor, logits: Tensor, mean_row: Tensor | None, states: Tensor) -> Tensor:
+    """(n,) logits of states on average over the probabilities.
+
+    ``p . (W s) = (p W) . s``: where ``mean_row = p W`` has full precision, no pass over the vocabulary is needed.
+    """
+    if mean_row is not None and logits.device.type == "cpu" and mean_row.dtype == logits.dtype == states.dtype:
+        probabilities, logits = mean_row, states
+    return (probabilities * logits).sum(-1)
 
 
 def _times(rows: Tensor, weight: Tensor) -> Tensor:
