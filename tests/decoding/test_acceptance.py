@@ -18,7 +18,7 @@ from nextlat.decoding.costs import Costs
 from nextlat.decoding.drafting import Drafted
 from nextlat.errors import NextLatError
 from nextlat.model.cache import Cache
-from nextlat.model.interfaces import LMOutput
+from nextlat.model.interfaces import LMOutput, states_at
 from nextlat.training.acceptance import acceptance_head, acceptance_path, fit_acceptance, texts
 from nextlat.training.trained import load_run
 from tests.decoding.test_speculative import prompts, trained
@@ -84,9 +84,11 @@ class Constant:
     max_length = None
     vocabulary: Tensor | None = None
 
-    def __call__(self, tokens: Tensor, cache: Cache) -> LMOutput:
+    def __call__(self, tokens: Tensor, cache: Cache, logits_at: Tensor | None = None) -> LMOutput:
         cache.advance(tokens.shape[1])
-        return LMOutput(self.P.log().expand(*tokens.shape, -1), torch.zeros(*tokens.shape, 1), cache)
+        hidden = torch.zeros(*tokens.shape, 1)
+        logits = self.P.log().expand(*states_at(hidden, logits_at).shape[:2], -1)
+        return LMOutput(logits, hidden, cache)
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         return Cache((1, rows, capacity, 1, 1), self.P)

@@ -55,6 +55,13 @@ def test_greedy_is_the_argmax_of_whole_passes_without_a_cache() -> None:
     assert len({tuple(row) for row in new.tolist()}) > 3
 
 
+def test_the_head_reads_one_state_a_row_after_the_prompts_and_at_every_step() -> None:
+    lm, seen = model(), []
+    lm.lm_head.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
+    generate(lm, prompts(), 3)
+    assert seen == [(6, 1, 16)] * 3
+
+
 def test_one_token_is_one_token() -> None:
     assert generate(model(), prompts(), 1).shape == (6, 1)
     assert generate(model(), prompts(length=1), 3).shape == (6, 3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nextlat.evaluation import Subject
-from nextlat.model.interfaces import LMOutput
+from nextlat.model.interfaces import LMOutput, states_at
 from nextlat.tasks.path_star import PathStar, PathStarOptions
 
 SURE = 20.0
@@ -46,6 +46,7 @@ class Walker:
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: Any = None,
+        logits_at: Tensor | None = None,
     ) -> LMOutput:
         whole = tokens
         if cache is not None:
@@ -55,7 +56,7 @@ class Walker:
             for place, wanted in self.answers(text):
                 logits[row, place, wanted] = SURE
         logits = logits[:, -tokens.shape[1] :]
-        return LMOutput(logits=logits, hidden=logits, cache=cache)
+        return LMOutput(logits=states_at(logits, logits_at), hidden=logits, cache=cache)
 
     def answers(self, text: list[int]) -> list[tuple[int, int]]:
         """(position, token wanted there) from the last prompt token on."""

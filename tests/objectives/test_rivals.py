@@ -347,6 +347,15 @@ def test_plain_decoding_with_a_cache_equals_the_full_pass(name: str) -> None:
         torch.testing.assert_close(found, getattr(full, field), rtol=1e-10, atol=1e-12)
 
 
+@rivals
+def test_logits_can_be_had_at_one_position_of_each_row(name: str) -> None:
+    lm = make(name).as_lm()
+    tokens = torch.randint(VOCABULARY, (2, 7), generator=seeded(1))
+    full, found = lm(tokens), lm(tokens, logits_at=torch.tensor([6, 3]))
+    torch.testing.assert_close(found.logits, full.logits[[0, 1], [6, 3]][:, None], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.hidden, full.hidden, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["mtp", "jtp"])
 def test_plain_decoding_has_the_logits_behind_the_cross_entropy(name: str) -> None:
     objective, batch = make(name), language_batch(4, 3, 7)

@@ -114,6 +114,7 @@ class Packed:
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        logits_at: Tensor | None = None,
     ) -> LMOutput:
         """What the original returns.
 
@@ -122,7 +123,7 @@ class Packed:
         """
         if [weight._version for weight in self._watched] != self._versions:
             raise NextLatError("the weights of this model were changed after it was packed; pack it anew")
-        return self._lm(tokens, documents, positions, mask, cache)
+        return self._lm(tokens, documents, positions, mask, cache, logits_at)
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache for ``rows`` rows of up to ``capacity`` positions."""

@@ -179,11 +179,11 @@ def _rounds(
 
     spare = policy.nodes if isinstance(policy, Tree) else policy.max_length
     cache = lm.new_cache(len(rows), prompts.shape[1] + max_new_tokens + spare)
-    output = lm(prompts, cache=cache)
+    last = torch.tensor(lengths, device=device) - 1
+    output = lm(prompts, cache=cache, logits_at=last)
     statistics.calls += 1
     cache.lengths = list(lengths)
-    last = torch.tensor(lengths, device=device) - 1
-    logits = output.logits[torch.arange(len(rows), device=device), last]
+    logits = output.logits[:, 0]
     pending = logits.argmax(-1) if sampling.greedy else draw(sampling.law(logits), uniform(len(rows)))
     state: Any = drafter.observe(output, last) if drafter is not None else None
     setting = Setting(lm, drafter, cache, sampling, uniform, logits.shape[-1])

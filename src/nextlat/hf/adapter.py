@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nextlat.errors import NextLatError
 from nextlat.model.attention import document_layout, run_index
-from nextlat.model.interfaces import LMOutput
+from nextlat.model.interfaces import LMOutput, states_at
 from nextlat.objectives.base import StateModel
 
 MASKED_ATTENTION = ("sdpa", "eager")
@@ -89,8 +89,12 @@ class HFModel(StateModel):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: TokenCache | None = None,
+        logits_at: Tensor | None = None,
     ) -> LMOutput:
-        """Next-token logits and states; a cache excludes all else but tokens."""
+        """Next-token logits, at (B,) positions only if ``logits_at`` names them, and states.
+
+        A cache excludes documents, positions and a mask.
+        """
         if cache is None:
             h = self.hidden_states(tokens, documents, positions, mask)
         elif documents is None and positions is None and mask is None:
@@ -98,7 +102,8 @@ class HFModel(StateModel):
             h = self.hidden_states(whole).gather(1, places[..., None].expand(-1, -1, self.head_weight.shape[1]))
         else:
             raise NextLatError("a Hugging Face model takes a cache with tokens alone: no documents, positions or mask")
-        return LMOutput(logits=F.linear(h, self.head_weight), hidden=h, cache=cache, probe_state=h)  # type: ignore[arg-type]
+        logits = F.linear(states_at(h, logits_at), self.head_weight)
+        return LMOutput(logits, hidden=h, cache=cache, probe_state=h)  # type: ignore[arg-type]
 
     def new_cache(self, rows: int, capacity: int) -> TokenCache:
         """An empty cache for ``rows`` rows of up to ``capacity`` positions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ class LMOutput(NamedTuple):
     """What one call of a causal language model returns."""
 
     logits: Tensor
-    """(B, T, V) next-token logits."""
+    """(B, T, V) next-token logits; (B, 1, V) where only one position of each row was asked for."""
     hidden: Tensor
     """(B, T, D) the state the output head reads; what rank and belief measurements take."""
     cache: Cache | None = None
@@ -27,6 +28,13 @@ class LMOutput(NamedTuple):
     """Whatever this objective's drafter needs beyond ``hidden``."""
 
 
+def states_at(states: Tensor, logits_at: Tensor | None) -> Tensor:
+    """Of (B, T, D) states those that logits are made of: all, or (B, 1, D) at the (B,) positions asked for."""
+    if logits_at is None:
+        return states
+    return states[torch.arange(len(states), device=states.device), logits_at][:, None]
+
+
 class CausalLM(Protocol):
     """A plain next-token model. ``documents`` and ``cache`` exclude each other."""
 
@@ -37,8 +45,9 @@ class CausalLM(Protocol):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        logits_at: Tensor | None = None,
     ) -> LMOutput:
-        """Run the model on (B, T) tokens."""
+        """Run the model on (B, T) tokens; with ``logits_at`` make logits of (B,) positions only, as after a prompt."""
         ...
 
     def new_cache(self, rows: int, capacity: int) -> Cache:

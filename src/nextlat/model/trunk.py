@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from nextlat.errors import NextLatError
 from nextlat.model.attention import Layout, attend, document_layout
 from nextlat.model.cache import Cache
-from nextlat.model.interfaces import LMOutput
+from nextlat.model.interfaces import LMOutput, states_at
 from nextlat.model.norm import RMSNorm
 
 ROPE_BASE = 10_000.0
@@ -294,7 +294,11 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        logits_at: Tensor | None = None,
     ) -> LMOutput:
-        """Next-token logits and states; see :meth:`hidden_states` for the arguments."""
+        """Next-token logits, at (B,) positions only if ``logits_at`` names them, and states.
+
+        See :meth:`hidden_states` for the other arguments.
+        """
         h = self.hidden_states(tokens, documents, positions, mask, cache)
-        return LMOutput(logits=self.lm_head(h), hidden=h, cache=cache, probe_state=h)
+        return LMOutput(logits=self.lm_head(states_at(h, logits_at)), hidden=h, cache=cache, probe_state=h)

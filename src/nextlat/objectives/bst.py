@@ -13,7 +13,7 @@ from nextlat import options
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model.cache import Cache
-from nextlat.model.interfaces import LMOutput
+from nextlat.model.interfaces import LMOutput, states_at
 from nextlat.model.norm import RMSNorm
 from nextlat.model.trunk import (
     Block,
@@ -260,12 +260,14 @@ class BSTModel:
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        logits_at: Tensor | None = None,
     ) -> LMOutput:
-        """Next-token logits and states of (B, T) tokens."""
+        """Next-token logits, at (B,) positions only if ``logits_at`` names them, and states of (B, T) tokens."""
         model = self.objective.trunk
         # Weights do not change within a sequence that a cache continues, and may before any other call.
         if self.empty is None or cache is None or not cache.longest:
             self.empty = self.objective.empty_suffix()
         hidden = model.hidden_states(tokens, documents, positions, mask, cache)
-        following, _ = self.objective.networks.text_head(hidden, self.empty.expand_as(hidden))
+        read = states_at(hidden, logits_at)
+        following, _ = self.objective.networks.text_head(read, self.empty.expand_as(read))
         return LMOutput(model.lm_head(following), hidden, cache, probe_state=hidden)

@@ -15,7 +15,7 @@ from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model.cache import Cache
 from nextlat.model.head import OutputHead, Readout
-from nextlat.model.interfaces import CausalLM, LMOutput
+from nextlat.model.interfaces import CausalLM, LMOutput, states_at
 from nextlat.model.trunk import Transformer
 from nextlat.objectives.base import Objective, Term, check_horizon, check_weight
 from nextlat.objectives.fetch import MAX_HEADS, Fetch, windows
@@ -158,14 +158,16 @@ class JTPModel:
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        logits_at: Tensor | None = None,
     ) -> LMOutput:
-        """Next-token logits and states of (B, T) tokens."""
+        """Next-token logits, at (B,) positions only if ``logits_at`` names them, and states of (B, T) tokens."""
         objective = self.objective
         given = {"positions": positions, "mask": mask, "cache": cache}
         extra: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         hidden = objective.model.hidden_states(tokens, documents, **extra)
         embeddings = F.embedding(tokens, objective.model.embedding_weight)
-        state = objective.fetch(hidden, embeddings[..., None, :])[..., 0, :]
+        read = states_at(hidden, logits_at), states_at(embeddings, logits_at)[..., None, :]
+        state = objective.fetch(*read)[..., 0, :]
         # our trunk's head as a module, so that whatever stands in for it is used
         model = objective.model
         logits = model.lm_head(state) if isinstance(model, Transformer) else F.linear(state, model.head_weight)

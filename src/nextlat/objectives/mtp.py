@@ -14,7 +14,7 @@ from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model.cache import Cache
 from nextlat.model.head import OutputHead, Readout
-from nextlat.model.interfaces import LMOutput
+from nextlat.model.interfaces import LMOutput, states_at
 from nextlat.model.norm import RMSNorm
 from nextlat.model.trunk import Block, Context, Transformer, init_normal, run_blocks
 from nextlat.objectives.base import Objective, Term, check_horizon, check_weight
@@ -230,8 +230,9 @@ class MTPModel:
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        logits_at: Tensor | None = None,
     ) -> LMOutput:
-        """Next-token logits and states of (B, T) tokens."""
+        """Next-token logits, at (B,) positions only if ``logits_at`` names them, and states of (B, T) tokens."""
         objective = self.objective
         context = objective.trunk.context(tokens, documents, positions, mask, cache)
         shared = objective.shared_states(tokens, context)
@@ -243,7 +244,8 @@ class MTPModel:
             cache.advance(tokens.shape[1])
             stored = _StoredKeys(cache)
         features = DraftFeatures(shared, context._replace(cache=stored))
-        return LMOutput(objective.trunk.lm_head(hidden), hidden, cache, shared, draft_features=features)
+        logits = objective.trunk.lm_head(states_at(hidden, logits_at))
+        return LMOutput(logits, hidden, cache, shared, draft_features=features)
 
 
 class MTPState(NamedTuple):
