@@ -70,6 +70,10 @@ def test_dense_and_packed_attention_are_equal() -> None:
     expected = attention.forward_backward(lambda q, k, v: attention.dense(q, k, v, mask), inputs)
     found = attention.forward_backward(lambda q, k, v: attend(q, k, v, layout), inputs)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    alone = [
+        torch.cat(parts, 2).transpose(1, 2) for parts in zip(*attention.kernel_alone(inputs, lengths)(), strict=True)
+    ]
+    torch.testing.assert_close(alone, expected[1:], rtol=1e-10, atol=1e-12)
 
 
 def test_the_dense_mask_is_causal_inside_documents() -> None:
