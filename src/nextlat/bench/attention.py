@@ -81,8 +81,8 @@ def make_inputs(length: int, width: int, n_heads: int) -> list[Tensor]:
 
 def kernel_alone(inputs: Sequence[Tensor], lengths: Sequence[int]) -> Callable[[], list[tuple[Tensor, ...]]]:
     """Torch's causal kernel on each document, forward and backward, with all that lies around it done beforehand."""
-    parts = [x.detach().unflatten(2, (inputs[0].shape[2], -1)) if x.ndim == 3 else x.detach() for x in inputs]
-    split = [x.transpose(1, 2).split(list(lengths), 2) for x in parts]  # (1, n_heads, L, head_width)
+    parts = [x.detach().view(inputs[0].shape).transpose(1, 2) for x in inputs]
+    split = [torch.split(x, list(lengths), 2) for x in parts]  # (1, n_heads, L, head_width)
     documents = [[x.clone() for x in document] for document in zip(*split, strict=True)]
     leaves = [[x.requires_grad_() for x in document[:3]] for document in documents]
 
