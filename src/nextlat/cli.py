@@ -116,7 +116,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the draws, above temperature 0.")] = 0,
     speculative: Annotated[
         str,
-        typer.Option(help="Draft and verify: a number of tokens, or auto, which times this machine. Same text law."),
+        typer.Option(help="Draft and verify: a number of tokens, tree, or auto, which times this machine. Same law."),
     ] = "off",
     checkpoint: Annotated[str, typer.Option(help="newest or best.")] = "newest",
     device: Device = None,

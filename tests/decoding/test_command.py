@@ -33,7 +33,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("objective", ["nextlat", "mtp", "jtp"])
-@pytest.mark.parametrize("speculative", ["auto", "1", "2"])
+@pytest.mark.parametrize("speculative", ["auto", "tree", "1", "2"])
 def test_drafts_do_not_change_what_is_printed(objective: str, speculative: str, kept: dict[str, Path]) -> None:
     options = (kept[objective], "--tokens", "1,2,3", "--max-new-tokens", "9")
     assert said("generate", *options, "--speculative", speculative) == said("generate", *options)
@@ -59,7 +59,7 @@ def test_truncated_sampling_is_what_it_says(kept: dict[str, Path]) -> None:
     ("objective", "arguments", "part"),
     [
         ("gpt", ("--speculative", "2"), "which drafts nothing; decode it without --speculative"),
-        ("nextlat", ("--speculative", "fast"), "choose off, auto or a number"),
+        ("nextlat", ("--speculative", "fast"), "choose off, auto, tree, or how many tokens"),
         ("nextlat", ("--speculative", "-1"), "draft length is -1"),
         ("mtp", ("--speculative", "3"), "this drafter makes at most 2; ask for less"),
         ("nextlat", ("--top-p", "0"), "top_p is 0"),
@@ -76,11 +76,11 @@ def test_a_survey_of_a_task_without_text(kept: dict[str, Path]) -> None:
     out = said("evaluate", kept["nextlat"], "speculative", "--prompts", "3")
     assert "held_out, 21 prompt tokens" in out
     assert "4 new tokens" in out
-    assert "0 of 24 texts differ from plain decoding" in out  # 7 lengths and the adaptive one, 3 prompts each
+    assert "0 of 27 texts differ from plain decoding" in out  # 7 lengths, a tree and the adaptive one, 3 prompts each
     written = json.loads((kept["nextlat"] / "evaluations" / "speculative.json").read_text(encoding="utf-8"))
     found = written["metrics"]
     assert found["held_out.different_adaptive"]["value"] == 0
-    for way in ("2", "10", "adaptive"):
+    for way in ("2", "10", "tree", "adaptive"):
         kept_each = found[f"held_out.accepted_{way}"]["value"]
         assert 0 <= kept_each <= found[f"held_out.drafted_{way}"]["value"]
         # the call over the prompt yields a token of its own

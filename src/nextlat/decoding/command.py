@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from nextlat.decoding.costs import Costs
     from nextlat.decoding.policies import Policy
     from nextlat.decoding.sampling import Sampling
+    from nextlat.decoding.tree import Tree
     from nextlat.evaluation.speculative import Arm
     from nextlat.model.interfaces import CausalLM, Drafter
     from nextlat.training.trained import Trained
 
-OFF, AUTO = "off", "auto"
+OFF, AUTO, TREE = "off", "auto", "tree"
 LONGEST = 16
 """Longest draft of the cost-aware policy, where the drafter sets no limit."""
 
@@ -47,6 +48,7 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
     from nextlat.decoding.policies import Static
     from nextlat.decoding.sampling import Sampling
     from nextlat.decoding.speculative import Statistics
+    from nextlat.decoding.tree import Tree
     from nextlat.hf.tokenizer import task_tokenizer
 
     if (request.prompt is None) == (request.tokens is None):
@@ -64,7 +66,7 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
     sampling = Sampling(request.temperature, request.top_k, request.top_p)
     lm: CausalLM = trained.built.objective.as_lm()
     drafter: Drafter | None = None
-    policy: Policy | None = None
+    policy: Policy | Tree | None = None
     if request.speculative != OFF:
         drafter = need_drafter(trained)
     if drafter is not None and request.speculative == AUTO:
@@ -73,7 +75,7 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
         print(costs.advice(), file=sys.stderr)
         policy = CostAware(costs, longest_draft(drafter))
     elif drafter is not None:
-        policy = Static(read_length(request.speculative))
+        policy = Tree() if request.speculative == TREE else Static(read_length(request.speculative))
     counted = Statistics()
     began = time.perf_counter()
     new = generate(
@@ -134,7 +136,7 @@ def read_length(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise NextLatError(f"--speculative is {text!r}; choose off, auto or a number of tokens to draft") from None
+        raise NextLatError(f"--speculative is {text!r}; choose off, auto, tree, or how many tokens to draft") from None
 
 
 def prepared(trained: Trained, drafter: Drafter, context: int, sampling: Sampling) -> tuple[CausalLM, Costs]:
@@ -178,6 +180,7 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
     from nextlat.decoding.adaptive import CostAware
     from nextlat.decoding.policies import Static
     from nextlat.decoding.sampling import Sampling
+    from nextlat.decoding.tree import Tree
     from nextlat.evaluation.domains import domain_names, domain_prompts
     from nextlat.evaluation.speculative import measure_domain, metrics
     from nextlat.files import explained, write_json
@@ -200,7 +203,8 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
     sampling = Sampling(survey.temperature)
     fast, costs = prepared(trained, drafter, length + new // 2, sampling)
     lengths = [n for n in survey.lengths if n <= longest] or [longest]
-    policies: dict[str, Callable[[], Policy]] = {str(n): partial(Static, n) for n in lengths}
+    policies: dict[str, Callable[[], Policy | Tree]] = {str(n): partial(Static, n) for n in lengths}
+    policies["tree"] = Tree
     policies["adaptive"] = partial(CostAware, costs, longest)
     if acceptance_path(run).is_file():
         policies["learned"] = partial(CostAware, costs, longest, acceptance_head(trained).estimate)

@@ -13,6 +13,7 @@ from nextlat.decoding.generate import generate
 from nextlat.decoding.policies import Policy
 from nextlat.decoding.sampling import Sampling
 from nextlat.decoding.speculative import Statistics
+from nextlat.decoding.tree import Tree
 from nextlat.model.interfaces import CausalLM, Drafter
 from nextlat.statistics import Metric, mean_interval
 
@@ -43,7 +44,7 @@ def measure_domain(
     prompts: Sequence[Tensor],
     max_new_tokens: int,
     sampling: Sampling,
-    policies: Mapping[str, Callable[[], Policy]],
+    policies: Mapping[str, Callable[[], Policy | Tree]],
     stop_tokens: Sequence[int] = (),
     baseline: CausalLM | None = None,
 ) -> dict[str, Arm]:
@@ -55,14 +56,15 @@ def measure_domain(
         prompts: (P,) int64 each.
         max_new_tokens: tokens to add to each.
         sampling: how tokens are drawn; every way gets the same seed for a prompt.
-        policies: makes the policy of each way. It is made once: a policy that learns goes on learning over prompts.
+        policies: makes the policy, or the tree, of each way. It is made once: a policy that learns goes on
+            learning over prompts.
         stop_tokens: end a continuation.
         baseline: the model for plain decoding, where ``lm`` was prepared for drafts; default ``lm``.
 
     Returns:
         ``plain``, cached decoding without drafts, and each of ``policies``.
     """
-    made: dict[str, Policy | None] = {PLAIN: None, **{name: make() for name, make in policies.items()}}
+    made: dict[str, Policy | Tree | None] = {PLAIN: None, **{name: make() for name, make in policies.items()}}
     arms = {name: Arm() for name in made}
     names = list(made)
     for number, prompt in enumerate([prompts[0], *prompts]):  # the first warms up
