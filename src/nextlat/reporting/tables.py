@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 NOTHING = "-"
 OPEN = "…"
+SHORT = 12
+"""Words up to this length are never broken."""
 EXTRA = {"forced_whole_path": "forced path", "token_2": "branch", "basin": "basin"}
 
 
@@ -49,9 +51,12 @@ class Grid:
         caption = Text("\n".join(self.notes)) if self.notes else None
         table = Table(title=Text(self.title), caption=caption, box=box.SIMPLE_HEAD, title_justify="left")
         for i, name in enumerate(self.columns):
-            table.add_column(Text(name), justify="left" if i < self.words else "right", no_wrap=i >= self.words)
-        for row in self.rows:
-            table.add_row(*map(Text, row))
+            number = i >= self.words
+            short = max(len(row[i]) for row in (self.columns, *self.rows)) <= SHORT
+            table.add_column(Text(name), justify="right" if number else "left", no_wrap=number or short)
+        for row in self.rows:  # an interval in brackets goes below its number: width is scarce in a terminal
+            cells = [*row[: self.words], *(cell.replace(" (", "\n(") for cell in row[self.words :])]
+            table.add_row(*map(Text, cells))
         return table
 
 
