@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from nextlat import commands
 from nextlat.cli import app
 from nextlat.config import expand as expand_any
+from nextlat.training.optimizers import learning_rate
 from tests.tiny import TINY, metrics
 
 
@@ -27,7 +28,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_demo_trains_both_models_and_leaves_summary_table_and_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "expand", lambda source, overrides: expand_any(source, [*TINY, *overrides]))
+    monkeypatch.setattr(commands, "expand", lambda source, overrides: expand_any(source, [*overrides, *TINY]))
     said = run("demo", "--seed", "3").output
     summary = json.loads(Path("runs/demo/summary.json").read_text(encoding="utf-8"))
     assert list(summary) == ["gpt", "nextlat"]
@@ -48,6 +49,16 @@ def test_the_demo_trains_both_models_and_leaves_summary_table_and_page(monkeypat
     assert "50 %" in said
     assert Path("runs/demo/report/report.html").resolve().as_uri() in said
     assert Path("runs/demo/report/report.html").stat().st_size > 50_000
+
+
+def test_the_demo_begins_as_the_published_runs_do() -> None:
+    (published,), (demo,) = expand_any("path_star/mini", []), expand_any("path_star/mini", commands.DEMO)
+    one, other = published.model_dump(), demo.model_dump()
+    rates = [[learning_rate(config.training, step) for step in range(2000)] for config in (published, demo)]
+    assert rates[0] == rates[1]
+    changed = {key for key, value in one["training"].items() if other["training"][key] != value}
+    assert changed == {"steps", "decay_steps"}
+    assert {key for key, value in one.items() if other[key] != value} <= {"training", "name"}
 
 
 def test_a_sweep_shows_every_seed_and_again_when_its_runs_are_gone() -> None:

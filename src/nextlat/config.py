@@ -41,7 +41,7 @@ class TrainingConfig(Options):
     decay_steps: int = Field(
         0,
         ge=0,
-        description="wsd: linear decay at the end; cosine: steps of the fall, after which the rate stays; 0 is all",
+        description="wsd: linear decay at the end; cosine: steps of the fall, where 0 is all behind the warm-up",
     )
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
@@ -70,11 +70,6 @@ class TrainingConfig(Options):
             raise ValueError(
                 f"schedule wsd warms up for {self.warmup_steps} and decays for {self.decay_steps} of {self.steps} "
                 "steps; set training.decay_steps to at least 1 and, with warmup_steps, to at most training.steps"
-            )
-        if self.schedule == "cosine" and self.decay_steps > max(self.steps - self.warmup_steps, 0):
-            raise ValueError(
-                f"schedule cosine warms up for {self.warmup_steps} and falls for {self.decay_steps} of {self.steps} "
-                "steps; set training.decay_steps so that both fit, or to 0 for all steps behind the warm-up"
             )
         if self.schedule == "constant" and self.decay_steps:
             raise ValueError(

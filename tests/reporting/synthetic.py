@@ -79,6 +79,9 @@ def _write_log(
     terms = ["ce", "latent_1", "latent_2", "kl_1", "kl_2", "latent", "kl"] if nextlat else ["ce"]
     columns = ["step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds", *terms, "ce.share"]
     columns += ["eval.whole_path_greedy", "eval.token_2", "eval.basin"]
+    health = ["health.rms", "health.grad_norm.ce"]
+    health += ["health.transition_error_1", "health.transition_error_2", "health.cosine.kl"] if nextlat else []
+    columns += health
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
@@ -92,6 +95,7 @@ def _write_log(
             if step % EVALUATE_EVERY == 0 and accuracy is not None:
                 reached = accuracy_at(part, accuracy, chance, seed)
                 row |= {"eval.whole_path_greedy": repr(reached), "eval.token_2": repr(reached), "eval.basin": "partial"}
+                row |= {name: repr(step + place) for place, name in enumerate(health)}
             writer.writerow(row)
         if torn:
             file.write(f"{last + 1},0.0123,0.0")

@@ -12,7 +12,7 @@ import pytest
 from nextlat.errors import NextLatError
 from nextlat.reporting import load_runs
 from nextlat.reporting.curves import running_mean
-from nextlat.reporting.figures import accuracy_figure, drawings, loss_figure, seeds_figure, token_figure
+from nextlat.reporting.figures import accuracy_figure, drawings, health_figure, loss_figure, seeds_figure, token_figure
 from nextlat.reporting.theme import DARK, LIGHT, png
 from tests.reporting.conftest import NEXTLAT
 from tests.reporting.synthetic import write_run
@@ -76,6 +76,24 @@ def test_loss_panels_are_the_logged_terms(six_runs: list[Path]) -> None:
         assert axes.get_yscale() == "log"
 
 
+def test_health_is_drawn_where_it_was_measured(six_runs: list[Path]) -> None:
+    figure = health_figure(load_runs(six_runs))
+    assert figure is not None
+    panels = {axes.get_title(loc="left"): lines(axes) for axes in figure.axes if axes.get_visible()}
+    assert list(panels) == ["RMS of the state", "transition error", "gradient norm, ce", "cosine, kl and ce"]
+    measured = np.arange(20, 201, 20)
+    gpt, nextlat = six_runs[0].name, six_runs[3].name
+    for title, place in (("RMS of the state", 0), ("gradient norm, ce", 1)):
+        assert panels[title][gpt].get_xydata().tolist() == [[step, step + place] for step in measured]
+    for title, place in (("transition error", 2), ("cosine, kl and ce", 4)):
+        assert panels[title][nextlat].get_xydata().tolist() == [[step, step + place] for step in measured]
+        assert not len(panels[title][gpt].get_xydata())
+
+
+def test_runs_without_health_have_no_such_figure(tmp_path: Path) -> None:
+    assert health_figure(load_runs([write_run(tmp_path, "gpt", 0, None, evaluated=False)])) is None
+
+
 def test_the_running_mean_keeps_a_constant_and_the_mean_of_a_window() -> None:
     assert running_mean(np.full(500, 3.0)) == pytest.approx(np.full(500, 3.0))
     values = np.arange(500.0) ** 2
@@ -117,7 +135,7 @@ def test_runs_without_steps_still_draw(tmp_path: Path) -> None:
     path = write_run(tmp_path, "gpt", 0, None, done=1)
     (path / "metrics.csv").unlink()
     figures = [drawing.draw(DARK) for drawing in drawings(load_runs([path]))]
-    assert [figure is None for figure in figures] == [False, False, True, True, True]
+    assert [figure is None for figure in figures] == [False, False, True, True, True, True]
     assert all(png(figure, dpi=40)[:4] == b"\x89PNG" for figure in figures if figure is not None)
 
 

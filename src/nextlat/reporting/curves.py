@@ -31,6 +31,15 @@ if TYPE_CHECKING:
 WIDTH = 7.6
 STEPS = "optimiser steps"
 AXIS = {"ce": "cross-entropy, nats", "kl": "KL divergence, nats", "latent": "SmoothL1"}
+HEALTH = {
+    "rms": "RMS of the state",
+    "deviation_min": "least deviation / RMS",
+    "effective_rank": "effective rank",
+    "transition_error_1": "transition error",
+    "grad_norm": "gradient norm, {}",
+    "cosine": "cosine, {} and ce",
+}
+"""Panels of :func:`health_figure`: a column of the log, or all columns ``NAME.TERM``."""
 LOG_FROM = 20.0
 """A panel is drawn on a logarithmic axis when its largest value is this many times its smallest."""
 
@@ -96,6 +105,44 @@ def loss_figure(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure | None:
         if not values.size:
             axes.set_visible(False)  # no objective on this benchmark has the term
         elif values.min() > 0 and values.max() > LOG_FROM * values.min():
+            logarithmic(axes)
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    legend_above(figure, _legend(runs, theme), theme)
+    return figure
+
+
+def health_figure(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure | None:
+    """States and gradients over training: a row a benchmark, a panel a figure, a dot an evaluation.
+
+    The gid of each line is the name of its run. None where no run has logged any.
+    """
+    found = {run.name: run.health() for run in runs}
+    columns = list(dict.fromkeys(name for logged in found.values() for name in logged))
+    titles = {
+        name: title.format(name.partition(".")[2])
+        for key, title in HEALTH.items()
+        for name in columns
+        if name.partition(".")[0] == key
+    }
+    of_benchmark = benchmarks(group_runs(runs))
+    panels = [(benchmark, name) for benchmark in of_benchmark for name in titles]
+    if not panels:
+        return None
+    rows = ceil(len(panels) / 3)
+    figure = new_figure(WIDTH, 0.6 + 2.2 * rows, theme)
+    places = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for axes, (benchmark, name) in zip(places, panels, strict=False):
+        several = len(of_benchmark) > 1
+        dress(axes, theme, f"{benchmark}: {titles[name]}" if several else titles[name], STEPS, "", 3)
+        values = np.empty(0)
+        for run, style in _styled(of_benchmark[benchmark], theme):
+            steps, logged = found[run.name].get(name, (np.empty(0), np.empty(0)))
+            axes.plot(steps, logged, gid=run.name, linewidth=1.2, marker=".", markersize=4, alpha=0.85, **style)
+            values = np.concatenate([values, logged])
+        _steps_axis(axes, of_benchmark[benchmark])
+        axes.set_visible(bool(values.size))  # no objective on this benchmark has it otherwise
+        if values.size and values.min() > 0 and values.max() > LOG_FROM * values.min():
             logarithmic(axes)
     for axes in places[len(panels) :]:
         axes.set_visible(False)

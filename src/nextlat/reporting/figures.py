@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nextlat.reporting.curves import accuracy_figure, loss_figure
+from nextlat.reporting.curves import accuracy_figure, health_figure, loss_figure
 from nextlat.reporting.groups import Summary, summarise
 from nextlat.reporting.outcomes import seeds_figure, token_figure
 from nextlat.reporting.probes import probes_figure
@@ -75,6 +75,15 @@ def drawings(runs: Sequence[Run], metric: str | None = None) -> list[Drawing]:
             "Curves over optimiser steps, one for each run, a panel for each loss term.",
             lambda theme: loss_figure(runs, theme),
         ),
+        Drawing(
+            "health",
+            "States and gradients during training",
+            "At evaluations. States are of held-out items: those that collapse lose rank and deviation. The transition "
+            "error is the squared one of a latent step over the variance of states. Gradients are of each term with "
+            "its weight, over the plain model; a cosine near -1 undoes what the cross-entropy does.",
+            "Curves over optimiser steps, one for each run, a panel for each figure of states and gradients.",
+            lambda theme: health_figure(runs, theme),
+        ),
     ]
 
 
@@ -83,4 +92,13 @@ def _told(summary: Summary) -> str:
     return f"{summary.group.benchmark}, {summary.group.label}: {ends or 'no evaluation yet'}."
 
 
-__all__ = ["Drawing", "accuracy_figure", "drawings", "loss_figure", "probes_figure", "seeds_figure", "token_figure"]
+__all__ = [
+    "Drawing",
+    "accuracy_figure",
+    "drawings",
+    "health_figure",
+    "loss_figure",
+    "probes_figure",
+    "seeds_figure",
+    "token_figure",
+]

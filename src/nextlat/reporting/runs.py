@@ -21,6 +21,7 @@ HEADLINE_EVALUATIONS = ("accuracy", "cross_entropy")
 """The evaluations that runs are followed by while training; a task has one of them."""
 BOOKKEEPING = ("step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds")
 EVALUATED = "eval."
+HEALTH = "health."
 
 
 def number(value: Any) -> float | None:
@@ -107,7 +108,7 @@ class Run:
         names = [
             name
             for name in self.metrics
-            if name not in BOOKKEEPING and not name.startswith(EVALUATED) and not name.endswith(".share")
+            if name not in BOOKKEEPING and not name.startswith((EVALUATED, HEALTH)) and not name.endswith(".share")
         ]
         groups = dict.fromkeys(re.sub(r"_\d+$", "", name) for name in names)
         chosen = {group: group if group in names else f"{group}_1" for group in groups}
@@ -115,7 +116,15 @@ class Run:
 
     def curve(self, metric: str) -> tuple[Array, Array]:
         """(steps, values) of an evaluated metric during training, both empty if the log has none."""
-        values = self.metrics.get(EVALUATED + metric)
+        return self._seen(EVALUATED + metric)
+
+    def health(self) -> dict[str, tuple[Array, Array]]:
+        """(steps, values) of what was logged of states and gradients at evaluations."""
+        found = {name.removeprefix(HEALTH): self._seen(name) for name in self.metrics if name.startswith(HEALTH)}
+        return {name: curve for name, curve in found.items() if len(curve[0])}
+
+    def _seen(self, column: str) -> tuple[Array, Array]:
+        values = self.metrics.get(column)
         if values is None:
             return np.empty(0), np.empty(0)
         seen = np.isfinite(values)

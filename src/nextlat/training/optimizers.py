@@ -46,8 +46,8 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
     """Learning rate of update ``step`` = 0 ... steps - 1.
 
     All schedules warm up by ``lr (s + 1) / w`` for ``s < w``. Then ``constant`` stays, ``cosine`` falls to
-    ``min_lr_ratio`` over ``decay_steps``, or over the rest, and stays there, and ``wsd`` stays until the last
-    ``decay_steps`` and falls linearly.
+    ``min_lr_ratio`` over ``decay_steps``, or over the rest, and stays there if the run goes on for longer, and ``wsd``
+    stays until the last ``decay_steps`` and falls linearly.
     """
     peak, steps, warmup, least = training.learning_rate, training.steps, training.warmup_steps, training.min_lr_ratio
     if step < warmup:
