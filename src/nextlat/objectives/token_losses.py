@@ -23,6 +23,8 @@ BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 """Size of one block of logits: small enough for the caches of a CPU, large enough to fill a GPU."""
 LEAST_ROWS = 64
 """Products with fewer rows are slow, and so is adding up a head gradient after every few rows."""
+CPU_ROWS = 1024
+"""Blocks with more rows gain nothing on a CPU and leave its caches."""
 PLAIN_LOGITS = 2**18
 """Up to so many logits ordinary differentiation is faster, and what it holds is small."""
 
@@ -36,7 +38,8 @@ UNDERFLOW = 1e-30
 def rows_per_block(vocab_size: int, element_bytes: int, device: str) -> int:
     """Positions whose logits fill a block."""
     fitting = BLOCK_BYTES.get(device, 2**27) // (vocab_size * element_bytes)
-    return max(LEAST_ROWS, fitting // 32 * 32)
+    most = CPU_ROWS if device == "cpu" else fitting
+    return max(LEAST_ROWS, min(fitting, most) // 32 * 32)
 
 
 def token_losses(
@@ -146,7 +149,7 @@ class _TokenLosses(torch.autograd.Function):
             sums[0] += (log_total - a_y).sum()
             expected = _times(p, weight) if any(live) else None  # (n, D) the head's row, on average over p
             if d_hidden is not None and expected is not None:
-                d_hidden[part] = expected - head_weight[y]
+                torch.sub(expected, head_weight[y], out=d_hidden[part])
             if d_weight is not None:
                 d_weight.addmm_(p.T, h.to(full)).index_add_(0, y, h.to(full), alpha=-1)
             if not predicted:
@@ -171,14 +174,15 @@ class _TokenLosses(torch.autograd.Function):
                     d_state = d_predicted[number]
                     if d_state is None or expected is None:
                         continue
+                    made = d_state[part]
                     if kind == "kl":
-                        made = _times(q, weight) - expected
+                        _times(q, weight, made).sub_(expected)
                     elif kind == "aux_ce":
-                        made = _times(q, weight) - weight[y]
+                        _times(q, weight, made).sub_(weight[y])
                     else:
                         side = more.sign_()
-                        made = _times(side.sub_(torch.linalg.vecdot(q, side)[:, None]).mul_(q).div_(2), weight)
-                    d_state[part] = made.masked_fill_(outside[:, None], 0)
+                        _times(side.sub_(torch.linalg.vecdot(q, side)[:, None]).mul_(q).div_(2), weight, made)
+                    made.masked_fill_(outside[:, None], 0)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(head_weight.dtype), *d_predicted)
         ctx.kinds = len(kinds)
         return sums
@@ -239,6 +243,9 @@ def _mean_logit(probabilities: Tensor, logits: Tensor, mean_row: Tensor | None, 
     return (probabilities * logits).sum(-1)
 
 
-def _times(rows: Tensor, weight: Tensor) -> Tensor:
-    """(n, V) gradients of logits -> (n, D) gradients of states."""
-    return rows.to(weight.dtype) @ weight
+def _times(rows: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """(n, V) gradients of logits -> (n, D) gradients of states, made in ``out`` if there is one."""
+    if out is None or not rows.dtype == weight.dtype == out.dtype:
+        made = rows.to(weight.dtype) @ weight
+        return made if out is None else out.copy_(made)
+    return torch.mm(rows, weight, out=out)
