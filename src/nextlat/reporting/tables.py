@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NOTHING = "-"
 OPEN = "…"
-SHORT = 12
+SHORT = 10
 """Words up to this length are never broken."""
 EXTRA = {"forced_whole_path": "forced path", "token_2": "branch", "basin": "basin"}
 
