@@ -17,7 +17,7 @@ from nextlat.data.tokenizer import byte_tokenizer
 from nextlat.hf import export_run, run_harness
 from nextlat.hf.adapter import TokenCache
 from nextlat.hf.harness import ACCURACIES, PAPER_TASKS, find_tasks, paper_average, split_tasks, to_metrics
-from nextlat.model.interfaces import LMOutput
+from nextlat.model.interfaces import LMOutput, states_at
 from nextlat.statistics import Metric
 from tests.hf.models import TextTask, text_config
 from tests.tiny import run_whole
@@ -72,7 +72,7 @@ class Successor:
 
     def __call__(self, tokens: torch.Tensor, *rest: Any, cache: Any = None, **options: Any) -> LMOutput:
         logits = torch.nn.functional.one_hot((tokens + 1) % 257, 257).float() * 30
-        return LMOutput(logits, logits)
+        return LMOutput(states_at(logits, options.get("logits_at")), logits)
 
     def new_cache(self, rows: int, capacity: int) -> TokenCache:
         return TokenCache(torch.zeros(rows, capacity, dtype=torch.int64))
@@ -143,7 +143,10 @@ def test_generation_stops_before_the_stop_text(tmp_path: Path) -> None:
         {"question": "a", "answer": "bcdefghi"},
         {"question": "c", "answer": "defghijk"},
         {"question": "\x1d", "answer": "\x1e\x1f "},
-    ]
+        {"question": "seven", "answer": "opqrstuv"},
+        {"question": "m" * 40 + "w", "answer": "xyz{|}~\x7f"},
+        {"question": "\x1b\x1c", "answer": "\x1d\x1e\x1f "},
+    ]  # two batches of three, of prompts of different lengths
     file = write(tmp_path, "written", WRITTEN, lines)
     assert run_harness(successor_lm(), [str(file)])["written.exact_match"].value == 1.0
 

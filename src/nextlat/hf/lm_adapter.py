@@ -86,28 +86,44 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop text, the end token or ``max_gen_toks``."""
-        texts = []
-        for request in requests:
-            context, options = request.args
-            texts.append(self._continued(context, dict(options)))
-            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        """Continuations up to a stop text, the end token or ``max_gen_toks``, ``batch_size`` prompts at a time."""
+        texts = [""] * len(requests)
+        asked = [request.args for request in requests]
+        alike: dict[str, list[int]] = {}
+        for place, (_, options) in enumerate(asked):
+            alike.setdefault(repr(sorted(options.items())), []).append(place)
+        for places in alike.values():
+            places.sort(key=lambda place: -len(asked[place][0]))  # rows of a batch of similar length
+            for start in range(0, len(places), self.batch_size):
+                part = places[start : start + self.batch_size]
+                found = self._continued([asked[place][0] for place in part], dict(asked[part[0]][1]))
+                for place, text in zip(part, found, strict=True):
+                    texts[place] = text
+                    self.cache_hook.add_partial("generate_until", asked[place], text)
         return texts
 
-    def _continued(self, context: str, options: dict[str, Any]) -> str:
+    def _continued(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
         most = min(int(options.get("max_gen_toks", MAX_NEW_TOKENS)), max(1, self.longest - 1))
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-        prompt = (self.tok_encode(context) or [self.eot_token_id])[-max(1, self.longest - most) :]
-        rows = torch.tensor([prompt], device=self._device)
-        end = self.eot_token_id
-        new: list[int] = []
-        text = ""
-        for step in decode(self.lm, rows, most, Sampling(temperature), stop_tokens={end}):
-            new += [token for _, tokens in step for token in tokens if token != end]
-            text = self._tokenizer.decode(new)
-            found = [text.index(stop) for stop in stops if stop and stop in text]
-            if found:
-                return text[: min(found)]
-        return text
+        room, end = max(1, self.longest - most), self.eot_token_id
+        prompts = [(self.tok_encode(context) or [end])[-room:] for context in contexts]
+        lengths = [len(prompt) for prompt in prompts]
+        rows = torch.tensor([prompt + [end] * (max(lengths) - len(prompt)) for prompt in prompts], device=self._device)
+        new: list[list[int]] = [[] for _ in prompts]
+        texts = [""] * len(prompts)
+        open_rows = set(range(len(prompts)))
+        for step in decode(self.lm, rows, most, Sampling(temperature), stop_tokens={end}, lengths=lengths):
+            for row, tokens in step:
+                if row not in open_rows:
+                    continue
+                new[row] += [token for token in tokens if token != end]
+                texts[row] = self._tokenizer.decode(new[row])
+                found = [texts[row].index(stop) for stop in stops if stop and stop in texts[row]]
+                if found:
+                    texts[row] = texts[row][: min(found)]
+                    open_rows.discard(row)
+            if not open_rows:
+                break
+        return texts
