@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import pytest
@@ -123,6 +124,29 @@ def test_a_guess_of_the_mean_has_error_one() -> None:
 
     errors = [measure(world, Mean())[f"transition_error_{k}"].value for k in (1, 2, 3, 4)]
     assert errors == pytest.approx([1.0] * 4, abs=0.25)  # later positions only, so not exactly 1
+
+
+def test_rollouts_are_as_long_as_a_longer_horizon() -> None:
+    world = World(packed=False)
+    assert {name[-1] for name in measure(world, Exact(world), horizon=2)} == set("1234")
+    assert {name[-1] for name in measure(world, Exact(world), horizon=6)} == set("123456")
+
+
+def test_steps_that_no_document_is_long_enough_for_are_left_out() -> None:
+    world = World(packed=True)
+    world.batch = world.batch._replace(documents=torch.tensor([[0, 0, 1, 1, 2, 2, 3]] * 6))
+    found = measure(world, Exact(world))
+    assert [name for name in found if name.startswith("transition_error")] == ["transition_error_1"]
+    assert all(math.isfinite(float(metric.value)) for metric in found.values())
+
+
+def test_states_that_are_all_the_same_have_no_error_to_speak_of() -> None:
+    world = World(packed=False)
+    world.embedding = torch.ones(V, D)
+    world.step = torch.zeros(D, D)
+    found = measure(world, Still())
+    assert not any(name.startswith("transition_error") for name in found)
+    assert found["kl_1"].value == 0
 
 
 def test_rollouts_are_no_longer_than_the_rows() -> None:

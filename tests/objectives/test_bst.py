@@ -52,7 +52,8 @@ def test_sum_count_and_gradients_equal_brute_force(
     terms = objective(batch)
     assert listed(objective.pairs(batch)) == [(pair.b, pair.t, pair.s) for pair in expected_pairs]
     assert int(terms["pair"].count) == int(objective.counts(batch)["pair"]) == expected["pair"].count
-    numbers = sums(terms) | {key: float(value) for key, value in objective.parts.items()}
+    numbers = sums(terms) | sums(objective.logged)
+    assert [int(part.count) for part in objective.logged.values()] == [len(expected_pairs)] * 2
     assert numbers == pytest.approx({key: float(part.sum.detach()) for key, part in expected.items()}, rel=1e-6)
     found = gradients(objective, total_loss(terms))
     parameters = dict(objective.named_parameters())

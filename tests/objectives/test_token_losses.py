@@ -94,6 +94,20 @@ def test_fp32_gradients_agree_with_float64(noise: float, vocab: int) -> None:
         assert float((one.double() - two).norm() / two.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3])
+def test_a_small_kl_beside_large_logits_is_right_to_a_few_millionths(noise: float) -> None:
+    hidden, head, targets, students = case(200, 3000, 32, 1, torch.float32, noise)
+    given = (hidden, (6 * head.detach()).requires_grad_(), targets, students)  # logits deviate by 17
+    exact = wider(given)
+    expected, found = plain_token_losses(*exact), token_losses(*given, block=64)
+    reached = int(students[0][1].sum())
+    assert abs(float(found[1].detach().double() - expected[1].detach())) / reached < 3e-6
+    plain = gradients(plain_token_losses(*given), given)
+    for one, ordinary, two in zip(gradients(found, given), plain, gradients(expected, exact), strict=True):
+        error, usual = ((x.double() - two).norm() / two.norm() for x in (one, ordinary))
+        assert error < 1.5 * usual + 1e-6
+
+
 def test_the_default_takes_the_pass_when_logits_are_many_and_the_plain_path_when_few(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -65,6 +65,18 @@ def test_metrics_have_one_row_a_step_and_evaluations_only_where_they_were_made(r
     assert seconds == sorted(seconds)
 
 
+def test_the_halves_of_bst_are_logged_over_all_micro_batches(runs: Path) -> None:
+    config = tiny("bst", "training.steps=1", "training.accumulation=2")
+    (row,) = metrics(run_whole(config, runs))
+    task, objective = build(config)
+    objective(task.rows(0, 0, 8))
+    assert set(objective.logged) == {"next", "prev"}
+    for name, part in objective.logged.items():
+        assert float(row[name]) == pytest.approx(float(part.sum / part.count), rel=1e-6)
+    assert (float(row["next"]) + float(row["prev"])) / 2 == pytest.approx(float(row["pair"]), rel=1e-6)
+    assert "next.share" not in row
+
+
 def test_a_row_of_metrics_is_worth_what_the_objective_says(runs: Path) -> None:
     """The first row, from the objective's own sums on the same rows before any update."""
     config = tiny("nextlat", "training.steps=1")

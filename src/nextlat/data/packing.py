@@ -61,15 +61,7 @@ class Documents:
         if end_token is not None and end_token < 0:
             raise NextLatError(f"end_token is {end_token}; a token id must be at least 0")
         self.prompts: Ints = np.zeros_like(self.lengths) if prompts is None else _integers(prompts, "prompts")
-        if self.prompts.shape != self.lengths.shape:
-            raise NextLatError(f"there are {len(self.prompts)} prompt lengths for {len(self.lengths)} documents")
-        wrong = (self.prompts < 0) | (self.prompts > self.lengths)
-        if wrong.any():
-            bad = np.argmax(wrong)
-            raise NextLatError(
-                f"document {bad} has {self.lengths[bad]} tokens and a prompt of {self.prompts[bad]}; "
-                "a prompt has between 0 tokens and all of them"
-            )
+        _check_prompts(self.prompts, self.lengths)
 
 
 def collect(
@@ -92,6 +84,8 @@ def collect(
             raise NextLatError(f"document {index} holds {array.dtype}; token ids must be integers")
     lengths = _integers([len(array) for array in arrays], "lengths")
     asked = None if prompts is None else _integers(prompts, "prompts")
+    if asked is not None:
+        _check_prompts(asked, lengths)
     if end_token is not None:
         for index, array in enumerate(arrays):
             if (array == end_token).any():
@@ -305,6 +299,18 @@ def _integers(values: ArrayLike, name: str) -> Ints:
     if array.size and array.dtype.kind not in "iu":
         raise NextLatError(f"{name} hold {array.dtype}; they must be integers")
     return array.astype(np.int64)
+
+
+def _check_prompts(prompts: Ints, lengths: Ints) -> None:
+    if prompts.shape != lengths.shape:
+        raise NextLatError(f"there are {len(prompts)} prompt lengths for {len(lengths)} documents")
+    wrong = (prompts < 0) | (prompts > lengths)
+    if wrong.any():
+        bad = np.argmax(wrong)
+        raise NextLatError(
+            f"document {bad} has {lengths[bad]} tokens and a prompt of {prompts[bad]}; "
+            "a prompt has between 0 tokens and all of them"
+        )
 
 
 def _check_row_length(row_length: int) -> None:

@@ -12,7 +12,7 @@ from nextlat.statistics import Metric
 def effective_rank(states: Tensor) -> float:
     """``exp(entropy of the normalised singular values)`` of an (n, D) matrix, as given (not centred)."""
     singular = torch.linalg.svdvals(states.double())
-    share = singular[singular > 1e-12]
+    share = singular[singular > 1e-12 * singular.max()]  # what is smaller is rounding
     share = share / share.sum()
     return float(torch.exp(-(share * share.log()).sum()))
 

@@ -15,7 +15,10 @@ STEPS = 4
 
 @torch.no_grad()
 def rollout(subject: Subject) -> dict[str, Metric]:
-    """Error of states rolled k = 1 ... 4 steps on the true tokens, without another call of the transformer.
+    """Error of states rolled k steps on the true tokens, without another call of the transformer.
+
+    k goes up to 4, or to the horizon of the objective if that is longer; steps that no document is long enough for
+    are left out, and so are errors where all states are the same.
 
     ``transition_error_k`` is the squared error over the variance of the true states (1 is a guess of the mean);
     ``kl_k`` the divergence in nats from the transformer's next-token distribution to the rolled state's, where a
@@ -25,7 +28,7 @@ def rollout(subject: Subject) -> dict[str, Metric]:
     """
     dynamics = subject.need_dynamics()
     length = subject.task.sequence_length
-    steps = range(1, min(STEPS, length - 1) + 1)
+    steps = range(1, min(max(STEPS, subject.horizon), length - 1) + 1)
     errors: dict[int, list[torch.Tensor]] = {step: [] for step in steps}
     divergence: dict[int, list[torch.Tensor]] = {step: [] for step in steps}
     agree: dict[int, list[torch.Tensor]] = {step: [] for step in steps}
@@ -50,7 +53,9 @@ def rollout(subject: Subject) -> dict[str, Metric]:
     variance = torch.cat(states).double().var(0, unbiased=False).sum()
     metrics: dict[str, Metric] = {}
     for step in steps:
-        metrics[f"transition_error_{step}"] = mean_interval((torch.cat(errors[step]).double() / variance).cpu().numpy())
+        error = torch.cat(errors[step]).double()
+        if len(error) and variance > 0:
+            metrics[f"transition_error_{step}"] = mean_interval((error / variance).cpu().numpy())
         if not any(len(part) for part in agree[step]):
             continue
         same = torch.cat(agree[step])

@@ -32,6 +32,8 @@ class Subject:
     examples: int | None = None
     """At most so many held-out examples; ``None`` is all."""
     batch_size: int = 500
+    horizon: int = 0
+    """Steps that the objective looks ahead."""
     probes: ProbeOptions = field(default_factory=lambda: ProbeOptions.model_validate({}))
 
     def prompts(self) -> Prompts:

@@ -140,6 +140,8 @@ class Objective(nn.Module):
                     "wrap it in nextlat.TorchModel(model, hidden=..., embedding=..., head=...)"
                 )
         self.model = cast(StateModel, model)
+        self.logged: dict[str, Term] = {}
+        """Of the last forward pass: figures that are logged beside the terms, without gradient."""
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """The count of every term, from the batch alone, so that it can be summed over ranks beforehand."""

@@ -153,8 +153,6 @@ class BST(Objective):
         self.min_gap, self.max_gap, self.pair_fraction = min_gap, max_gap, pair_fraction
         self.chunk_pairs = chunk_pairs or PAIRS_AT_ONCE
         self.networks = BeliefNetworks(model, generator)
-        self.parts: dict[str, Tensor] = {}
-        """Sums of the two halves in the last forward pass, ``next`` and ``prev``, without gradient; for logs."""
 
     @property
     def trunk(self) -> Transformer:
@@ -172,7 +170,7 @@ class BST(Objective):
         return {"pair": row.new_tensor(2 * len(row))}
 
     def forward(self, batch: Batch, scale: Mapping[str, float] | None = None) -> dict[str, Term]:
-        """``{"pair": ...}`` with weight 1.
+        """``{"pair": ...}`` with weight 1; its halves, ``next`` and ``prev``, are in :attr:`logged`.
 
         Both encoders run once. Pairs grow with the square of the document length, so the text head takes them
         in chunks and differentiates each at once.
@@ -205,8 +203,9 @@ class BST(Objective):
             [prefixes, behind],
             [*self.networks.text_head.parameters(), self.trunk.head_weight],
         )[0]
-        self.parts = {"next": halves[0], "prev": halves[1]}
-        return {"pair": Term(total, row.new_tensor(2 * len(row)), 1.0)}
+        half = row.new_tensor(len(row))
+        self.logged = {"next": Term(halves[0], half, 0.0), "prev": Term(halves[1], half, 0.0)}
+        return {"pair": Term(total, 2 * half, 1.0)}
 
     def suffix_states(self, batch: Batch) -> Tensor:
         """(B, T, D) backward states: entry p is that of the suffix that starts at p + 1.

@@ -93,6 +93,7 @@ def nextlat_sums(
     Returns:
         ``{"ce", "latent_1" ..., "kl_1" ...}: (sum, count)``.
     """
+    check_horizon(horizon, 1)
     rows, length, width = hidden.shape
     if batch.documents is not None:
         # A rollout over padding is left out of every sum, but NaN times a gradient of zero would not be zero.

@@ -135,6 +135,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             sums: dict[str, Tensor] = {}
             weights: dict[str, float] = {}
+            beside: dict[str, tuple[Tensor, Tensor]] = {}
             for batch in batches:
                 with autocast:
                     terms = objective(batch, scale)
@@ -142,9 +143,13 @@ def train(
                 for name, term in terms.items():
                     sums[name] = sums.get(name, torch.zeros_like(term.sum)) + term.sum.detach()
                     weights[name] = term.weight
+                for name, term in objective.logged.items():
+                    before = beside.get(name, (0, 0))
+                    beside[name] = before[0] + term.sum, before[1] + term.count
             norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), training.clip or math.inf)
             row: dict[str, float | int | str] = {"step": step}
             row |= summarize(sums, counts, weights, objective.horizon)
+            row |= {name: float(total / count.clamp(min=1)) for name, (total, count) in beside.items()}
             row |= {"learning_rate": rate, "grad_norm": float(norm)}
             refuse_non_finite(row, run, step)
             optimizer.step()
@@ -263,6 +268,7 @@ def subject(
         split=config.evaluation.split,
         examples=examples,
         batch_size=config.evaluation.batch_size,
+        horizon=objective.horizon,
         probes=config.evaluation.probes,
     )
 
