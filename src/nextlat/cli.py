@@ -109,7 +109,7 @@ def generate(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     prompt: Annotated[Optional[str], typer.Option(help="Text to continue, if the task has a tokenizer.")] = None,  # noqa: UP045
     tokens: Annotated[Optional[str], typer.Option(help="Token ids to continue, such as 1,2,3.")] = None,  # noqa: UP045
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    max_new_tokens: Annotated[Optional[int], typer.Option(min=1, help="Default 32, or as many as fit.")] = None,  # noqa: UP045
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[Optional[int], typer.Option(help="Draw from the k most likely tokens.")] = None,  # noqa: UP045
     top_p: Annotated[Optional[float], typer.Option(help="Draw from the fewest tokens of joint probability p.")] = None,  # noqa: UP045
@@ -171,7 +171,7 @@ def fit_dynamics(
 @app.command("fit-acceptance")
 def fit_acceptance(
     run: Annotated[Path, typer.Argument(help="A run directory of nextlat, mtp or jtp.")],
-    temperature: Annotated[float, typer.Option(min=0, help="Of the text that is drafted; 0 is greedy.")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the text that is drafted; 0 is greedy.")] = 0.0,
     prompts: Annotated[int, typer.Option(min=2, help="Texts to continue; a fifth of them is only measured on.")] = 64,
     length: Annotated[int, typer.Option(min=1, help="Of the drafts, at most what the drafter makes.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Of the fit.")] = 300,

@@ -157,7 +157,9 @@ def test_what_was_fitted_is_saved_and_read_back(finished: dict[str, Path], capsy
     assert not any(parameter.requires_grad for parameter in head.parameters())
 
     fit_acceptance_command(run, 0.0, 10, 2, 5, False, None)
-    assert acceptance_head(load_run(run)).reading is None
+    assert acceptance_head(load_run(run), 0.0).reading is None
+    with pytest.raises(NextLatError, match=r"fitted at temperature 0, and this is temperature 0\.7; fit it"):
+        acceptance_head(load_run(run), 0.7)
     said = capsys.readouterr().out
     assert all(word in said for word in ("head", "bins learned online", "a constant", "log loss", str(path)))
 

@@ -183,7 +183,17 @@ def test_counts_of_calls_rounds_and_acceptance_by_position() -> None:
     assert counted.reached == [3, 3, 2]
     assert counted.accepted == [3, 2, 2]
     assert counted.acceptance == [1.0, 2 / 3, 1.0]
-    assert counted.tokens_per_round == 12 / 4
+    assert counted.opening == 1
+    assert counted.tokens_per_round == 11 / 4
+
+
+def test_without_drafts_a_round_is_a_token_and_positions_never_reached_have_no_acceptance() -> None:
+    counted = Statistics()
+    generate(trained().as_lm(), prompts(2), 5, statistics=counted)
+    assert (counted.tokens, counted.opening, counted.tokens_per_round) == (10, 2, 1.0)
+    counted.count(3, 0)
+    assert counted.acceptance == [0.0]
+    assert Statistics().tokens_per_round == 1.0
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,15 @@ from typing import NamedTuple
 from nextlat.bench.results import Result
 from nextlat.decoding.adaptive import CostAware
 from nextlat.decoding.cheap import cheaper, count_targets, frequent_tokens
-from nextlat.decoding.command import load, longest_draft, need_drafter
-from nextlat.decoding.costs import Costs, measure_costs
-from nextlat.decoding.packed import Packed, packed
+from nextlat.decoding.command import load, longest_draft, need_drafter, prepared
+from nextlat.decoding.costs import Costs
 from nextlat.decoding.policies import Policy, Static
 from nextlat.decoding.sampling import Sampling
+from nextlat.errors import NextLatError
 from nextlat.evaluation.domains import domain_names, domain_prompts
 from nextlat.evaluation.speculative import PLAIN, Arm, measure_domain, ratio
 from nextlat.hf.tokenizer import task_tokenizer
-from nextlat.model.interfaces import Drafter
+from nextlat.model.interfaces import CausalLM, Drafter
 from nextlat.training.trained import Trained
 
 ADAPTIVE = "adaptive"
@@ -28,7 +28,10 @@ MEAN, LEAST = 1.15, 0.99
 """Adaptive over best static length: least accepted geometric mean over domains, and least accepted in any."""
 RIVALS = {"mtp": 1.3, "jtp": 1.2}
 """Objective -> least accepted ratio of nextlat's tokens per second to its."""
-LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10)
+LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+"""Fixed lengths that are tried; 0 is plain decoding with the weights that drafts get, packed where that pays."""
+ALIKE = ("task", "model", "data", "training")
+"""Sections of the configuration in which runs that are set against each other must agree."""
 CHEAP_LENGTH = 4
 """Drafted tokens where cheap drafts are set beside full ones."""
 COUNTED_STEPS = 100
@@ -43,7 +46,7 @@ class Contender(NamedTuple):
 
     name: str
     trained: Trained
-    fast: Packed
+    fast: CausalLM
     """The model with packed weights where they pay; plain decoding uses the plain one."""
     drafter: Drafter
     costs: Costs
@@ -51,10 +54,15 @@ class Contender(NamedTuple):
 
 
 def compare_runs(paths: Sequence[Path], prompts: int) -> Iterator[Result]:
-    """Measure runs in turn on every domain, at temperatures 0 and 1."""
-    loaded = [contender(path) for path in paths]
+    """Measure runs in turn on every domain, at temperatures 0 and 1.
+
+    Raises:
+        NextLatError: two runs of one objective, or runs that were not trained alike.
+    """
+    loaded = [load(path, "newest", None) for path in paths]
+    check_alike(loaded)
     for temperature in (0.0, 1.0):
-        contenders = [one._replace(found={}) for one in loaded]
+        contenders = [contender(trained, Sampling(temperature)) for trained in loaded]
         task = contenders[0].trained.built.task
         domains = domain_names(task, task_tokenizer(task))
         for domain in domains:
@@ -66,12 +74,27 @@ def compare_runs(paths: Sequence[Path], prompts: int) -> Iterator[Result]:
         yield from against_rivals(contenders, temperature)
 
 
-def contender(path: Path) -> Contender:
-    """Load a run and time what its drafts cost."""
-    trained = load(path, "newest", None)
+def check_alike(runs: Sequence[Trained]) -> None:
+    """Refuse a comparison that would say something else than which objective drafts better."""
+    first = runs[0]
+    for number, one in enumerate(runs):
+        for other in runs[:number]:
+            if other.config.objective == one.config.objective:
+                raise NextLatError(
+                    f"{other.path} and {one.path} are both runs of {one.config.objective}; give one of each objective"
+                )
+        for section in ALIKE:
+            if getattr(one.config, section) != getattr(first.config, section):
+                raise NextLatError(
+                    f"{first.path} and {one.path} differ in `{section}:`; compare runs that were trained alike"
+                )
+
+
+def contender(trained: Trained, sampling: Sampling) -> Contender:
+    """A run, and what its drafts cost at a temperature."""
     drafter = need_drafter(trained)
-    fast = packed(trained.built.objective.as_lm())
-    costs = measure_costs(fast, drafter, 1, trained.built.task.sequence_length)
+    length = trained.built.task.sequence_length
+    fast, costs = prepared(trained, drafter, length * 3 // 4, sampling)  # between half a row of prompt and a whole row
     return Contender(trained.config.objective, trained, fast, drafter, costs, {})
 
 
@@ -94,7 +117,7 @@ def adaptive_against_static(one: Contender, temperature: float) -> Iterator[Resu
     for domain, arms in one.found.items():
         best = best_static(arms)
         gains.append(spent(arms[best]) / spent(arms[ADAPTIVE]))
-        kept = arms[best].statistics
+        kept, moved = arms[best].statistics, arms[ADAPTIVE].statistics
         yield Result(
             f"{domain}: plain / adaptive",
             ratio(arms, ADAPTIVE),
@@ -102,11 +125,10 @@ def adaptive_against_static(one: Contender, temperature: float) -> Iterator[Resu
             of=f"static {ratio(arms, best):.2f} ({best})",
             note=f"{one.name} at temperature {temperature:g}, {domain}: static {best} keeps "
             f"{sum(kept.accepted) / kept.rounds:.2f} a round, adaptive "
-            f"{arms[ADAPTIVE].statistics.tokens_per_round - 1:.2f} of "
-            f"{sum(arms[ADAPTIVE].statistics.drafted) / arms[ADAPTIVE].statistics.rounds:.2f}; by position "
+            f"{sum(moved.accepted) / moved.rounds:.2f} of {sum(moved.drafted) / moved.rounds:.2f}; by position "
             + " ".join(f"{share:.2f}" for share in arms[str(max(map(int, statics(arms))))].acceptance),
         )
-    note = f"{one.name}: {one.costs.advice()}"
+    note = f"{one.name}: {one.costs.advice(longest_draft(one.drafter))}"
     yield Result(
         "adaptive / best static length: geometric mean", geometric_mean(gains), MEAN, setting=setting, note=note
     )

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from nextlat.training.trained import Trained
 
 OFF, AUTO, TREE = "off", "auto", "tree"
+NEW_TOKENS = 32
 LONGEST = 16
 """Longest draft of the cost-aware policy, where the drafter sets no limit."""
+SHOWN = 5
+"""Positions of a draft whose acceptance is printed; the file has all."""
 
 
 class Request(NamedTuple):
@@ -31,7 +34,8 @@ class Request(NamedTuple):
 
     prompt: str | None
     tokens: str | None
-    max_new_tokens: int
+    max_new_tokens: int | None
+    """By default 32, or as many as fit."""
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -63,6 +67,9 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
         raise NextLatError(f"{trained.config.task} has no tokenizer; give token ids with --tokens 1,2,3")
     else:
         ids = [tokenizer.end_token, *tokenizer.encode(request.prompt)]  # the end token opens a document
+    if not ids:
+        raise NextLatError("the prompt is empty; give at least one token")
+    count = request.max_new_tokens or max(1, min(NEW_TOKENS, task.sequence_length - len(ids)))
     sampling = Sampling(request.temperature, request.top_k, request.top_p)
     lm: CausalLM = trained.built.objective.as_lm()
     drafter: Drafter | None = None
@@ -70,9 +77,9 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
     if request.speculative != OFF:
         drafter = need_drafter(trained)
     if drafter is not None and request.speculative == AUTO:
-        context = len(ids) + request.max_new_tokens // 2
+        context = len(ids) + count // 2
         lm, costs = prepared(trained, drafter, context, sampling)
-        print(costs.advice(), file=sys.stderr)
+        print(costs.advice(longest_draft(drafter)), file=sys.stderr)
         policy = CostAware(costs, longest_draft(drafter))
     elif drafter is not None:
         policy = Tree() if request.speculative == TREE else Static(read_length(request.speculative))
@@ -81,7 +88,7 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
     new = generate(
         lm,
         torch.tensor([ids], device=trained.device),
-        request.max_new_tokens,
+        count,
         sampling.temperature,
         torch.Generator().manual_seed(request.seed),
         top_k=sampling.top_k,
@@ -89,6 +96,7 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
         drafter=drafter,
         policy=policy,
         stop_tokens=() if task.end_token is None else (task.end_token,),
+        context_length=task.sequence_length,
         statistics=counted,
     )[0].tolist()
     seconds = time.perf_counter() - began
@@ -145,6 +153,7 @@ def prepared(trained: Trained, drafter: Drafter, context: int, sampling: Samplin
     from nextlat.decoding.packed import packed
 
     fast = packed(trained.built.objective.as_lm())
+    print(fast.report(), file=sys.stderr)
     return fast, measure_costs(fast, drafter, 1, context, sampling=sampling, device=trained.device)
 
 
@@ -168,7 +177,7 @@ class Survey(NamedTuple):
     prompt_tokens: int | None
     max_new_tokens: int | None
     temperature: float
-    lengths: Sequence[int] = (2, 3, 4, 5, 6, 8, 10)
+    lengths: Sequence[int] = (0, 2, 3, 4, 5, 6, 8, 10)
 
 
 def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str | None) -> None:
@@ -196,22 +205,29 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
     half = task.sequence_length // 2
     answer = task.prompts(task.splits[0]).answers.shape[1] if isinstance(task, Prompted) else half
     new = survey.max_new_tokens or answer
-    names = survey.domains.split(",") if survey.domains else domain_names(task, tokenizer)
-    length, fetched = survey.prompt_tokens or half, run.parent.parent / "data" / "domains"
+    names = [name.strip() for name in survey.domains.split(",")] if survey.domains else domain_names(task, tokenizer)
+    length = survey.prompt_tokens or half
+    if length + new > task.sequence_length:
+        raise NextLatError(
+            f"prompts of {length} tokens and {new} new ones do not fit the {task.sequence_length} tokens of the rows "
+            f"that {run} was trained on; lower --prompt-tokens or --max-new-tokens"
+        )
+    fetched = run.parent.parent / "data" / "domains"
     prompts = {name: domain_prompts(name, task, tokenizer, survey.prompts, length, fetched) for name in names}
     longest = longest_draft(drafter)
     sampling = Sampling(survey.temperature)
     fast, costs = prepared(trained, drafter, length + new // 2, sampling)
-    lengths = [n for n in survey.lengths if n <= longest] or [longest]
+    lengths = sorted({n for n in survey.lengths if n <= longest} | {min(longest, max(survey.lengths))})
     policies: dict[str, Callable[[], Policy | Tree]] = {str(n): partial(Static, n) for n in lengths}
     policies["tree"] = Tree
     policies["adaptive"] = partial(CostAware, costs, longest)
     if acceptance_path(run).is_file():
-        policies["learned"] = partial(CostAware, costs, longest, acceptance_head(trained).estimate)
+        head = acceptance_head(trained, survey.temperature)
+        policies["learned"] = partial(CostAware, costs, longest, head.estimate)
     stop = () if task.end_token is None else (task.end_token,)
     print(f"{trained.config.objective} of {run} at step {trained.step}, temperature {survey.temperature:g}")
     print(f"{survey.prompts} prompts of each domain, one at a time, {new} new tokens")
-    print(costs.advice())
+    print(costs.advice(longest))
     found = {}
     for name in names:
         moved = [prompt.to(trained.device) for prompt in prompts[name]]
@@ -220,6 +236,7 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
         )
         Console(soft_wrap=True).print(domain_table(f"{name}, {len(moved[0])} prompt tokens", found[name]))
     print("kept: drafted tokens that were kept; the token that every round yields anyway is not among them")
+    print("0: plain decoding with the weights that drafts get, so that what packing gains is not laid to drafts")
     if sampling.greedy:
         unlike = sum(arm.different for arms in found.values() for arm in arms.values())
         texts = len(names) * len(policies) * survey.prompts
@@ -251,6 +268,6 @@ def domain_table(title: str, arms: Mapping[str, Arm]) -> Table:
                 f"{sum(counted.accepted) / rounds:.2f}",
                 f"{counted.tokens_per_round:.2f}",
                 f"{ratio(arms, name):.2f}",
-                " ".join(f"{share:.2f}" for share in arm.acceptance),
+                " ".join(f"{share:.2f}" for share in arm.acceptance[:SHOWN]),
             )
     return table

@@ -106,15 +106,15 @@ class Costs:
             low, high = (low, middle) if pays(middle) else (middle, high)
         return high
 
-    def advice(self) -> str:
-        """What the measured costs mean, in a sentence."""
+    def advice(self, longest: int = LONGEST) -> str:
+        """What the measured costs mean for drafts of up to ``longest`` tokens, in a sentence."""
         prices = (
             f"a draft step costs {self.draft:.2f} of a decoding step, a call over 4 tokens {self.verification(4):.2f}"
         )
-        least = self.break_even()
+        least = self.break_even(longest)
         if least is None:
             return f"{prices}: drafts do not pay here, whatever is accepted"
-        best = self.best_length(0.8)
+        best = self.best_length(0.8, longest)
         return (
             f"{prices}: drafts pay from an acceptance of {least:.0%} on; "
             f"at 80 % the best length is {best}, {self.speedup(0.8, best):.2f}x plain decoding"

@@ -29,6 +29,8 @@ class Statistics:
     """Rounds of single rows: a call counts once for each row that was still going."""
     tokens: int = 0
     """Tokens produced."""
+    opening: int = 0
+    """Tokens among them that the call over the prompts gave, before any round."""
     drafted: list[int] = field(default_factory=list)
     """How often a token was drafted at position 1, 2, ... of a draft. The token that every round yields without a
     draft, the one behind the last kept token, is not counted. A tree counts at 1, 2, ... as far as it is deep."""
@@ -40,19 +42,20 @@ class Statistics:
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens that a row gains by a call; 1 without drafts."""
-        return self.tokens / max(self.rounds, 1)
+        """Tokens that a row gains by a round; 1 without drafts."""
+        return (self.tokens - self.opening) / self.rounds if self.rounds else 1.0
 
     @property
     def acceptance(self) -> list[float]:
-        """Share of drafted tokens that were kept, by position, among those whose turn it was."""
-        return [kept / max(turns, 1) for kept, turns in zip(self.accepted, self.reached, strict=True)]
+        """Share of drafted tokens that were kept, by position, among those whose turn it was; as far as it ever was."""
+        return [kept / turns for kept, turns in zip(self.accepted, self.reached, strict=True) if turns]
 
     def add(self, other: Statistics) -> None:
         """Add what another decoding did."""
         self.calls += other.calls
         self.rounds += other.rounds
         self.tokens += other.tokens
+        self.opening += other.opening
         for name in ("drafted", "reached", "accepted"):
             one, more = getattr(self, name), getattr(other, name)
             longest = max(len(one), len(more))
@@ -191,7 +194,9 @@ def _rounds(
         play = partial(play_tree, setting, policy)
     else:
         play = partial(play_chain, setting, policy, judge)
-    yield _emit(rows, [[token] for token in pending.tolist()], statistics)
+    opening = _emit(rows, [[token] for token in pending.tolist()], statistics)
+    statistics.opening += len(opening)
+    yield opening
     while not all(row.done for row in rows):
         if 2 * sum(not row.done for row in rows) <= len(rows):
             going = [index for index, row in enumerate(rows) if not row.done]

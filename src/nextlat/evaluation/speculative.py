@@ -56,18 +56,19 @@ def measure_domain(
         prompts: (P,) int64 each.
         max_new_tokens: tokens to add to each.
         sampling: how tokens are drawn; every way gets the same seed for a prompt.
-        policies: makes the policy, or the tree, of each way. It is made once: a policy that learns goes on
-            learning over prompts.
+        policies: makes the policy, or the tree, of each way. It is made once, after a warm-up with another: a policy
+            that learns goes on learning over prompts.
         stop_tokens: end a continuation.
         baseline: the model for plain decoding, where ``lm`` was prepared for drafts; default ``lm``.
 
     Returns:
         ``plain``, cached decoding without drafts, and each of ``policies``.
     """
-    made: dict[str, Policy | Tree | None] = {PLAIN: None, **{name: make() for name, make in policies.items()}}
-    arms = {name: Arm() for name in made}
-    names = list(made)
-    for number, prompt in enumerate([prompts[0], *prompts]):  # the first warms up
+    arms = {name: Arm() for name in (PLAIN, *policies)}
+    names = list(arms)
+    for number, prompt in enumerate([prompts[0], *prompts]):  # the first warms up, with policies that are thrown away
+        if number < 2:
+            made: dict[str, Policy | Tree | None] = {PLAIN: None, **{name: make() for name, make in policies.items()}}
         texts = {}
         for turn in range(len(names)):
             name = names[(turn + number) % len(names)]
@@ -116,7 +117,7 @@ def metrics(domains: Mapping[str, Mapping[str, Arm]], sampling: Sampling) -> dic
             out[f"{domain}.accepted_{name}"] = mean_interval(arm.accepted)
             out[f"{domain}.drafted_{name}"] = Metric(sum(counted.drafted) / max(counted.rounds, 1), n=counted.rounds)
             out[f"{domain}.tokens_per_round_{name}"] = Metric(counted.tokens_per_round, n=counted.rounds)
-            for position, (share, turns) in enumerate(zip(arm.acceptance, counted.reached, strict=True), 1):
+            for position, (share, turns) in enumerate(zip(arm.acceptance, counted.reached, strict=False), 1):
                 out[f"{domain}.acceptance_{name}_{position}"] = Metric(share, n=turns)
             if sampling.greedy:
                 out[f"{domain}.different_{name}"] = Metric(arm.different, n=n)

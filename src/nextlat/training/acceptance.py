@@ -118,11 +118,16 @@ def texts(task: Task, batch_size: int, count: int) -> Iterator[tuple[Tensor, int
         yield batch.tokens[0, begin:half], batch.tokens.shape[1] - half
 
 
-def acceptance_head(trained: Trained) -> AcceptanceHead:
+def acceptance_head(trained: Trained, temperature: float | None = None) -> AcceptanceHead:
     """The head that was fitted to a run.
 
+    Args:
+        trained: the run.
+        temperature: that it will be used at, to be checked; what is accepted depends on it.
+
     Raises:
-        NextLatError: there is none, it is damaged, or it was fitted to another step of the model.
+        NextLatError: there is none, it is damaged, or it was fitted to another step of the model or at another
+            temperature.
     """
     path, again = acceptance_path(trained.path), f"`nextlat fit-acceptance {trained.path}`"
     if not path.is_file():
@@ -134,11 +139,16 @@ def acceptance_head(trained: Trained) -> AcceptanceHead:
         reading = weights.get("reading.weight")
         head = AcceptanceHead(0 if reading is None else reading.shape[1], len(weights["layer_1.weight"]))
         head.load_state_dict(weights)
-        step = about["model_step"]
+        step, fitted_at = about["model_step"], float(about["temperature"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError):
         raise NextLatError(f"{path} is damaged; fit it again with {again}") from None
     if step != trained.step:
         raise NextLatError(
             f"{path} was fitted to the model of step {step}, and this is step {trained.step}; fit it again with {again}"
+        )
+    if temperature is not None and temperature != fitted_at:
+        raise NextLatError(
+            f"{path} was fitted at temperature {fitted_at:g}, and this is temperature {temperature:g}; fit it again "
+            f"with {again} --temperature {temperature:g}, or remove it"
         )
     return head.to(trained.device).eval().requires_grad_(False)
