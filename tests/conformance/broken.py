@@ -163,11 +163,11 @@ class KLOnPrompt(Losses):
 
 
 class KLCapped(Losses):
-    """Saves memory by a KL on at most six positions of a batch, so that the batch size matters."""
+    """Saves memory by a KL on at most twelve positions of a batch, so that the batch size matters."""
 
     def kl_mask(self, allowed: Tensor, asked: Tensor, i: int) -> Tensor:
         mask = super().kl_mask(allowed, asked, i)
-        return mask & (mask.flatten().cumsum(0).view_as(mask) <= 6)
+        return mask & (mask.flatten().cumsum(0).view_as(mask) <= 12)
 
 
 class KLMaskOfSource(Losses):
@@ -223,6 +223,20 @@ class CrossesDocuments(Losses):
 
     def transitions(self, ids: Tensor, i: int) -> Tensor:
         return super().transitions(ids.clamp(-1, 0), i)
+
+
+class StopsAfterThreeSteps(Losses):
+    """Unrolls three steps by hand and has nothing for the others."""
+
+    def transitions(self, ids: Tensor, i: int) -> Tensor:
+        return super().transitions(ids, i) & (i <= 3)
+
+
+class LeaksFromFourthStep(Losses):
+    """Masks boundaries for three steps by hand; later ones know padding alone."""
+
+    def transitions(self, ids: Tensor, i: int) -> Tensor:
+        return super().transitions(ids if i <= 3 else ids.clamp(-1, 0), i)
 
 
 class EndTokenIsBoundary(Losses):

@@ -204,6 +204,20 @@ class HeadsMultiplyMask(Heads):
         return (values * mask[..., None]).reshape(-1, values.shape[-1])
 
 
+class HeadsStopAfterThree(Heads):
+    """Asks the first three slots beyond the next token and no other."""
+
+    def together(self, ids: Tensor, i: int) -> Tensor:
+        return super().together(ids, i) & (i <= 3)
+
+
+class HeadsLeakFromFourth(Heads):
+    """Masks boundaries for three slots by hand; later ones know padding alone."""
+
+    def together(self, ids: Tensor, i: int) -> Tensor:
+        return super().together(ids if i <= 3 else ids.clamp(-1, 0), i)
+
+
 class EndTargetIsBoundary(Heads):
     """Looks for end tokens when no documents are given."""
 
@@ -212,11 +226,11 @@ class EndTargetIsBoundary(Heads):
 
 
 class FirstPositionsAsked(Heads):
-    """Asks the further slots at the first three positions only."""
+    """Asks the further slots at the first six positions only."""
 
     def together(self, ids: Tensor, i: int) -> Tensor:
         allowed = super().together(ids, i)
-        return allowed & (torch.arange(allowed.shape[1]) < 3) if i else allowed
+        return allowed & (torch.arange(allowed.shape[1]) < 6) if i else allowed
 
 
 class TargetsOfNext(Heads):

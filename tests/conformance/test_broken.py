@@ -33,6 +33,10 @@ LOSSES = {
         "worked-example brute-force boundary boundary-passed repeated-ids document-order other-documents "
         "packed-equals-alone zero-transitions"
     ),
+    broken.StopsAfterThreeSteps: "brute-force horizon-alignment rolled-states-live",
+    broken.LeaksFromFourthStep: (
+        "brute-force boundary-passed repeated-ids document-order other-documents packed-equals-alone"
+    ),
     broken.EndTokenIsBoundary: "documents-none",
     broken.TrustsPaddingTargets: "padding-targets",
     broken.MultipliesMask: "padding-values",
@@ -99,6 +103,10 @@ HEADS = {
     parts.HeadsCompareEndpoints: "brute-force repeated-ids",
     parts.AsksPadding: "padding",
     parts.HeadsMultiplyMask: "padding-values",
+    parts.HeadsStopAfterThree: (
+        "brute-force targets-ahead every-position boundary-passed repeated-ids live-head live-states"
+    ),
+    parts.HeadsLeakFromFourth: "brute-force boundary-passed repeated-ids",
     parts.EndTargetIsBoundary: "documents-none",
     parts.FirstPositionsAsked: "brute-force every-position",
     parts.TargetsOfNext: "brute-force targets-ahead",

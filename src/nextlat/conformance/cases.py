@@ -10,6 +10,8 @@ from torch import Tensor
 
 IGNORE = -100
 """Target where nothing is asked."""
+HORIZON = 6
+"""Of claims on every step: further than loops that are unrolled by hand."""
 
 
 class Case(NamedTuple):

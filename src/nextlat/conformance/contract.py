@@ -26,9 +26,9 @@ class Sum(NamedTuple):
 Terms = dict[str, Sum]
 
 
-def step_names(horizon: int, *kinds: str) -> list[str]:
-    """``kind_1 ... kind_d`` of every kind."""
-    return [f"{kind}_{step}" for kind in kinds for step in range(1, horizon + 1)]
+def step_names(horizon: int, *kinds: str, start: int = 1) -> list[str]:
+    """``kind_1 ... kind_d`` of every kind, or from a later step on."""
+    return [f"{kind}_{step}" for kind in kinds for step in range(start, horizon + 1)]
 
 
 class Losses:

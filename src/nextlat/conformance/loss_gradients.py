@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nextlat.conformance.cases import Case, Mixing, draw, leaf, random_case
+from nextlat.conformance.cases import HORIZON, Case, Mixing, draw, leaf, random_case
 from nextlat.conformance.claims import claim, expect, expect_number, expect_same, gradient
 from nextlat.conformance.contract import Losses, step_names
 from nextlat.conformance.loss_positions import mixed
@@ -115,9 +115,9 @@ def rolled_states_live(losses: Losses) -> None:
     """The gradient runs back through every rolled state to the first step."""
     dynamics = Mixing(3)
     direction = draw(3, 3, seed=4)
-    names = ["latent_2", "latent_3", "kl_2", "kl_3"]
+    names = step_names(HORIZON, "latent", "kl", start=2)
     path = "the dynamics through all steps"
-    expect_live(losses, random_case(3, 4), dynamics.weight, direction, names, path, dynamics)
+    expect_live(losses, random_case(3, HORIZON + 1), dynamics.weight, direction, names, path, dynamics)
 
 
 CLAIMS = [

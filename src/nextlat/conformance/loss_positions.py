@@ -12,9 +12,14 @@ from collections.abc import Sequence
 import torch
 
 from nextlat.conformance import reference
-from nextlat.conformance.cases import Case, leaf, random_case, with_prompts
+from nextlat.conformance.cases import HORIZON, Case, leaf, random_case, with_prompts
 from nextlat.conformance.claims import claim, expect, expect_number, expect_same, gradient
 from nextlat.conformance.contract import Losses, Sum, Terms, step_names
+
+PASSED = [[0] * 8, [0] * 4 + [1] * 4, [0] * 2 + [1] * 6, [0] + [1] * 7, [0, 1] + [2] * 6, [3] * 8]
+"""Documents that a rollout of several steps can leave or pass through."""
+REPEATED = [[4, 4, 9, 4, 9, 4, 9, 4], [9, 2, 5, 2, 5, 2, 5, 2], [1] * 8]
+"""Documents whose id comes back after another one."""
 
 
 def pairs_of(case: Case, name: str) -> list[reference.Pair]:
@@ -78,7 +83,7 @@ def mixed(terms: Terms, names: Sequence[str]) -> torch.Tensor:
 @claim("every-source")
 def every_source(losses: Losses) -> None:
     """Every position with room for i steps is a source of latent_i and kl_i, not only the first d positions."""
-    expect_sets(losses, random_case(2, 7), 2, step_names(2, "latent", "kl"))
+    expect_sets(losses, random_case(2, 2 * HORIZON), HORIZON, step_names(HORIZON, "latent", "kl"))
 
 
 @claim("prompt-token-losses")
@@ -106,25 +111,25 @@ def boundary(losses: Losses) -> None:
 @claim("boundary-passed")
 def boundary_passed(losses: Losses) -> None:
     """No rollout of i >= 2 steps ends past a boundary, nor passes through a short document."""
-    case = random_case(5, 4, [[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1], [0, 1, 2, 2], [3, 3, 3, 3]])
-    expect_sets(losses, case, 3, ["latent_2", "latent_3", "kl_2", "kl_3"])
+    case = random_case(6, 8, PASSED)
+    expect_sets(losses, case, HORIZON, step_names(HORIZON, "latent", "kl", start=2))
 
 
 @claim("repeated-ids")
 def repeated_ids(losses: Losses) -> None:
     """An id that comes back later in the row is another document."""
-    case = random_case(3, 4, [[4, 4, 9, 4], [9, 2, 5, 2], [1, 1, 1, 1]])
-    expect_sets(losses, case, 3, ["latent_2", "latent_3", "kl_2", "kl_3"])
+    case = random_case(3, 8, REPEATED)
+    expect_sets(losses, case, HORIZON, step_names(HORIZON, "latent", "kl", start=2))
 
 
 @claim("document-order")
 def document_order(losses: Losses) -> None:
     """Ids are names: documents in another order, with falling ids, give the same terms and gradients."""
-    case = random_case(1, 6, [[0, 0, 0, 1, 1, 2]])
-    order = [5, 3, 4, 0, 1, 2]
+    case = random_case(1, 10, [[0] * 7 + [1, 1, 2]])
+    order = [9, 7, 8, *range(7)]
     other = case.cut([0], order)
-    names = live(case, 5)
-    found, expected = losses(other, 5), losses(case, 5)
+    names = live(case, 9)
+    found, expected = losses(other, 9), losses(case, 9)
     expect_same_terms(found, expected, names, "the same documents stand in another order")
     moved = gradient(mixed(found, names), other.hidden)
     same = gradient(mixed(expected, names), case.hidden)[:, order]
@@ -134,17 +139,16 @@ def document_order(losses: Losses) -> None:
 @claim("other-documents")
 def other_documents(losses: Losses) -> None:
     """Changing a document changes no term and no gradient of its neighbour."""
-    case = random_case(1, 6, [[0, 0, 0, 1, 1, 1]])
-    changed = random_case(1, 6, [[0, 0, 0, 1, 1, 1]], seed=1)
-    changed.hidden.data[:, 3:] = case.hidden.data[:, 3:]
-    changed.tokens[:, 3:], changed.targets[:, 3:] = case.tokens[:, 3:], case.targets[:, 3:]
-    before, after = losses(case, 5), losses(changed, 5)
-    for name in live(case, 5):
-        kept = gradient(before[name].value, case.hidden)[:, 3:]
-        moved = gradient(after[name].value, changed.hidden)[:, 3:]
+    case, changed = (random_case(1, 14, [[0] * 7 + [1] * 7], seed=seed) for seed in (0, 1))
+    changed.hidden.data[:, 7:] = case.hidden.data[:, 7:]
+    changed.tokens[:, 7:], changed.targets[:, 7:] = case.tokens[:, 7:], case.targets[:, 7:]
+    before, after = losses(case, 13), losses(changed, 13)
+    for name in live(case, 13):
+        kept = gradient(before[name].value, case.hidden)[:, 7:]
+        moved = gradient(after[name].value, changed.hidden)[:, 7:]
         expect_same(f"the gradient of {name} in a document whose neighbour changed", moved, kept)
         if name != "ce":
-            pairs = [pair for pair in pairs_of(case, name) if pair[1] < 3]
+            pairs = [pair for pair in pairs_of(case, name) if pair[1] < 7]
             first, second = (alone(losses, c, name, pairs).value.item() for c in (case, changed))
             difference = (after[name].value - before[name].value).item()
             expect_number(f"the change of {name} when the first of two documents changes", difference, second - first)
@@ -153,18 +157,18 @@ def other_documents(losses: Losses) -> None:
 @claim("packed-equals-alone")
 def packed_equals_alone(losses: Losses) -> None:
     """A packed row, single-token documents included, gives the terms and gradients of its documents run alone."""
-    ids = [0, 0, 0, 1, 2, 2]
-    case = random_case(1, 6, [ids])
-    names = live(case, 5)
-    whole = losses(case, 5)
+    ids = [0] * 7 + [1, 2, 2]
+    case = random_case(1, 10, [ids])
+    names = live(case, 9)
+    whole = losses(case, 9)
     sums = dict.fromkeys(names, 0.0)
     counts = dict.fromkeys(names, 0)
     tables = {name: torch.zeros_like(part) for name, part in case.leaves().items() if name != "hidden"}
     states = []
     for document in (0, 1, 2):
         single = case.cut([0], [t for t, other in enumerate(ids) if other == document])
-        here = live(single, 5)
-        terms = losses(single, 5)
+        here = live(single, 9)
+        terms = losses(single, 9)
         for name in here:
             sums[name] += terms[name].value.item()
             counts[name] += terms[name].number

@@ -59,11 +59,11 @@ def _weighted(terms: Terms, counts: dict[str, int]) -> torch.Tensor:
 @claim("accumulation")
 def accumulation(losses: Losses) -> None:
     """Sums and counts of micro-batches add up to those of the batch, and so do gradients over global counts."""
-    case = with_prompts(random_case(5, 3), [1, 3, 2, 3, 2])
+    case = with_prompts(random_case(130, 3), [1, 3, 2, 3, 2] * 26)  # a cap on rows or positions shows
     whole = losses(case, 2)
     names = live(case, 2)
     counts = {name: whole[name].number for name in names}
-    parts = [case.rows([0]), case.rows([1, 2, 3, 4])]
+    parts = [case.rows([0]), case.rows(range(1, 130))]
     terms = [losses(part, 2) for part in parts]
     for name in names:
         number = sum(part[name].number for part in terms)

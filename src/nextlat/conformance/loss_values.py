@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from nextlat.conformance import reference
 from nextlat.conformance.cases import (
+    HORIZON,
     IGNORE,
     Case,
     draw,
@@ -63,12 +64,12 @@ def worked(losses: Losses) -> None:
 @claim("brute-force")
 def brute_force(losses: Losses) -> None:
     """Random packed rows with prompts and padding: every sum, count and gradient is that of plain loops."""
-    documents = [[0, 0, 0, 0, 1, 1, 1, 1], [4, 4, 2, 4, 4, 4, -1, -1], [-1, 7, 7, 7, 7, 7, 7, 7]]
-    case = random_case(3, 8, documents, seed=5)
-    case.targets[:, -1] = IGNORE
+    documents = [[0] * 4 + [1] * 4, [4, 4, 2, 4, 4, 4, -1, -1], [-1] + [7] * 7, [0] * 2 + [1] * 6]
+    case = random_case(4, 8, documents, seed=5)
+    case.targets[:2, -1] = IGNORE
     case.targets[0, [0, 4]] = IGNORE
     case.targets[2, 1:3] = IGNORE
-    found, expected = losses(case, 3, turning), reference.losses(case, 3, turning)
+    found, expected = losses(case, HORIZON, turning), reference.losses(case, HORIZON, turning)
     for name, term in expected.items():
         expect_number(f"the count of {name}", found[name].number, term.number)
         expect_number(f"the sum of {name}", found[name].value.item(), term.value.item())
@@ -113,13 +114,13 @@ def with_still_dynamics(case: Case) -> Case:
 
 @claim("horizon-alignment")
 def horizon_alignment(losses: Losses) -> None:
-    """Horizon 3: step i feeds the tokens t+1 ... t+i in order and compares with the state and the teacher at t+i."""
-    case = with_true_states(random_case(3, 4, width=4), turning)
-    for name, term in losses(case, 3, turning).items():
+    """Horizon 6: step i feeds the tokens t+1 ... t+i in order and compares with the state and the teacher at t+i."""
+    case = with_true_states(random_case(3, HORIZON + 1, width=4), turning)
+    for name, term in losses(case, HORIZON, turning).items():
         if name != "ce":
             expect_number(name, term.value.item(), 0.0, why="each state is rolled from the one before")
     case.hidden.data[:, -1] += torch.arange(4.0)
-    for name, term in losses(case, 3, turning).items():
+    for name, term in losses(case, HORIZON, turning).items():
         if name != "ce":
             expect(term.value.item() > 1e-6, f"{name} does not see that the last state is no longer the rolled one")
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from nextlat.conformance import reference
-from nextlat.conformance.cases import IGNORE, Case, draw, leaf, random_case, with_prompts
+from nextlat.conformance.cases import HORIZON, IGNORE, Case, draw, leaf, random_case, with_prompts
 from nextlat.conformance.claims import claim, expect, expect_number, expect_same, gradient
 from nextlat.conformance.contract import HeadTerms, Terms, step_names
+from nextlat.conformance.loss_positions import PASSED, REPEATED
 from nextlat.conformance.loss_robustness import expect_zero
 
 
@@ -41,11 +42,11 @@ def expect_reached(terms: HeadTerms, case: Case, steps: Sequence[int]) -> None:
 @claim("brute-force")
 def brute_force(terms: HeadTerms) -> None:
     """Random packed rows with prompts and padding: every sum, count and gradient is that of plain loops."""
-    documents = [[0, 0, 0, 0, 1, 1, 1, 1], [4, 4, 2, 4, 4, 4, 4, -1], [-1, 7, 7, 7, 7, 7, 7, 7]]
-    case = random_case(3, 8, documents)
+    documents = [[0] * 4 + [1] * 4, [4, 4, 2, 4, 4, 4, 4, -1], [-1] + [7] * 7, [0] * 2 + [1] * 6]
+    case = random_case(4, 8, documents)
     case.targets[0, [0, 4]] = IGNORE
     case.targets[2, 1:3] = IGNORE
-    states = slots(case, 3)
+    states = slots(case, HORIZON)
     found, expected = call(terms, states, case), reference.head_terms(states, case)
     for name, term in expected.items():
         expect_number(f"the count of {name}", found[name].number, term.number)
@@ -58,8 +59,8 @@ def brute_force(terms: HeadTerms) -> None:
 @claim("targets-ahead")
 def targets_ahead(terms: HeadTerms) -> None:
     """Slot i at t is asked about the target at t + i."""
-    case = random_case(2, 4)
-    states = slots(case, 3)
+    case = random_case(2, HORIZON + 1)
+    states = slots(case, HORIZON)
     found, expected = call(terms, states, case), reference.head_terms(states, case)
     for name, term in expected.items():
         mean = found[name].value.item() / max(found[name].number, 1)
@@ -69,7 +70,7 @@ def targets_ahead(terms: HeadTerms) -> None:
 @claim("every-position")
 def every_position(terms: HeadTerms) -> None:
     """Every position with room for i more targets is asked."""
-    expect_reached(terms, random_case(2, 6), [0, 1, 2])
+    expect_reached(terms, random_case(2, 10), range(HORIZON + 1))
 
 
 @claim("first-answer-token")
@@ -87,14 +88,13 @@ def boundary(terms: HeadTerms) -> None:
 @claim("boundary-passed")
 def boundary_passed(terms: HeadTerms) -> None:
     """Slots beyond 1 ask for no target past a boundary, nor past a short document."""
-    case = random_case(5, 4, [[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1], [0, 1, 2, 2], [3, 3, 3, 3]])
-    expect_reached(terms, case, [2, 3])
+    expect_reached(terms, random_case(6, 8, PASSED), range(2, HORIZON + 1))
 
 
 @claim("repeated-ids")
 def repeated_ids(terms: HeadTerms) -> None:
     """An id that comes back later in the row is another document."""
-    expect_reached(terms, random_case(3, 4, [[4, 4, 9, 4], [9, 2, 5, 2], [1, 1, 1, 1]]), [2, 3])
+    expect_reached(terms, random_case(3, 8, REPEATED), range(2, HORIZON + 1))
 
 
 @claim("padding")
@@ -152,20 +152,20 @@ def zero_counts(terms: HeadTerms) -> None:
 @claim("live-head")
 def live_head(terms: HeadTerms) -> None:
     """Every slot trains the output head."""
-    case = random_case(2, 4)
-    states = slots(case, 2)
+    case = random_case(2, HORIZON + 1)
+    states = slots(case, HORIZON)
     found = call(terms, states, case)
-    for name in ("ce", *step_names(2, "mtp")):
+    for name in ("ce", *step_names(HORIZON, "mtp")):
         expect(bool(gradient(found[name].value, case.head).any()), f"{name} sends no gradient into head_weight")
 
 
 @claim("live-states")
 def live_states(terms: HeadTerms) -> None:
     """A slot trains its own states, and those of no other slot."""
-    case = random_case(2, 4)
-    states = slots(case, 2)
+    case = random_case(2, HORIZON + 1)
+    states = slots(case, HORIZON)
     found = call(terms, states, case)
-    for step, name in enumerate(("ce", *step_names(2, "mtp"))):
+    for step, name in enumerate(("ce", *step_names(HORIZON, "mtp"))):
         moved = [slot for slot, part in enumerate(gradient(found[name].value, states)) if part.any()]
         expect(moved == [step], f"{name} trains the states of the slots {moved}, expected [{step}]")
 
