@@ -98,6 +98,7 @@ def test_list_prints_each_claim_with_a_sentence_and_runs_none(conformance: Calla
         ("absent.sub:f", ["no module 'absent' for absent.sub:f"]),
         ("mine:my_loses", ["has no 'my_loses'; did you mean 'my_losses'?", "mine.py"]),
         ("mine:number", ["mine:number is of type int; name a function"]),
+        ("mine:Net", ["Net is a class; name an instance or a function"]),
         ("raises:f", ["importing raises raised ZeroDivisionError: division by zero"]),
         ("exits:f", ["importing exits raised SystemExit: 3"]),
         ("lacks:f", ["importing lacks raised ModuleNotFoundError: No module named 'not_there_at_all'"]),
@@ -109,7 +110,7 @@ def test_what_cannot_be_loaded_is_one_clear_line(
     target: str, parts: list[str], conformance: Callable[..., Said]
 ) -> None:
     modules = {
-        "mine": "number = 3\ndef my_losses(): pass\n",
+        "mine": "number = 3\ndef my_losses(): pass\nclass Net: pass\n",
         "raises": "1 / 0\n",
         "exits": "raise SystemExit(3)\n",
         "lacks": "import not_there_at_all\n",
@@ -135,6 +136,38 @@ def returned(value: Any) -> str:
     """Why the worked example fails for a function that returns a value."""
     (verdict,) = check(lambda *inputs: value, only=["worked-example"])
     return str(verdict.reason)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_contract_is_said_once(kind: str, conformance: Callable[..., Said]) -> None:
+    said = conformance("mine:f", "--kind", kind, mine="def f(*inputs): return 3.0\n")
+    first, last = said.out.splitlines()
+    assert said.code == 1
+    assert first.startswith(f"FAILS  {KINDS[kind].claims[0].name} ")
+    assert "returned " in first
+    count = len(KINDS[kind].claims)
+    assert last == f"0 of {count} claims about {kind} hold for mine:f; the others were not checked"
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4])
+def test_inputs_changed_in_place_are_named(size: float) -> None:
+    def careless(*inputs: Any) -> Any:
+        found = own_losses(*inputs)
+        inputs[1].data += size
+        return found
+
+    verdicts = check(careless, only=["worked-example", "brute-force"])
+    reason = "the call changed embedding_weight in place; work on a copy of it"
+    assert [verdict.reason for verdict in verdicts] == ([reason] if size else [None, None])
+
+
+def test_a_mean_is_called_one() -> None:
+    def mean(*inputs: Any) -> dict[str, Any]:
+        return {name: (value / count.clamp(min=1), count) for name, (value, count) in own_losses(*inputs).items()}
+
+    for name in ("worked-example", "brute-force", "cross-entropy", "tagging-targets", "kl-direction"):
+        (verdict,) = check(mean, only=[name])
+        assert str(verdict.reason).endswith(": this is a mean; return the sum and the count")
 
 
 def changed(name: str, term: Any) -> str:

@@ -14,7 +14,7 @@ from nextlat.conformance.claims import Claim, Function, Verdict, judge
 from nextlat.conformance.contract import HeadTerms, Losses
 from nextlat.conformance.loading import load_function
 from nextlat.conformance.own import own_dynamics, own_losses, own_terms
-from nextlat.errors import unknown
+from nextlat.errors import NextLatError, unknown
 
 
 class Kind(NamedTuple):
@@ -79,11 +79,13 @@ def check(function: Function, kind: str = "losses", only: Sequence[str] = ()) ->
         only: names of claims; by default all.
 
     Returns:
-        one verdict a claim, in the order of the claims.
+        one verdict a claim, in the order of the claims; of the first alone if the function breaks its contract there.
 
     Raises:
-        NextLatError: an unknown kind or claim.
+        NextLatError: an unknown kind or claim, or a class.
     """
+    if isinstance(function, type):
+        raise NextLatError(f"{function.__name__} is a class; name an instance or a function")
     return judge(find_claims(kind, only), find_kind(kind).contract(function), function)
 
 

@@ -22,6 +22,10 @@ class ClaimError(Exception):
     """A claim does not hold; the message is the reason that is printed."""
 
 
+class ContractError(ClaimError):
+    """The function does not do what its contract asks for, whichever claim called it."""
+
+
 class Claim(NamedTuple):
     """One sentence about a function and the check behind it."""
 
@@ -56,6 +60,8 @@ def claim(name: str) -> Callable[[Callable[[Any], None]], Claim]:
 def judge(claims: Sequence[Claim], subject: Any, function: Function) -> list[Verdict]:
     """Check claims one after the other; whatever the function raises fails the claim that called it.
 
+    A function that breaks its contract in the first claim would do so in the others: they are left out.
+
     Args:
         claims: what to check.
         subject: the function behind its contract.
@@ -63,14 +69,16 @@ def judge(claims: Sequence[Claim], subject: Any, function: Function) -> list[Ver
     """
     verdicts = []
     for one in claims:
+        failed = reason = None
         try:
             one.check(subject)
-            reason = None
         except ClaimError as failure:
-            reason = one_line(str(failure))
+            failed, reason = failure, one_line(str(failure))
         except (Exception, SystemExit) as error:  # the function is foreign code and may raise anything
             reason = one_line(f"raised {described(error)}{_place(error, function)}")
         verdicts.append(Verdict(one.name, reason))
+        if len(verdicts) == 1 and isinstance(failed, ContractError):
+            break
     return verdicts
 
 
@@ -98,11 +106,25 @@ def expect(condition: bool, reason: str) -> None:
         raise ClaimError(reason)
 
 
-def expect_number(what: str, found: float, expected: float, tolerance: float = 1e-9, why: str = "") -> None:
-    """Fail unless two numbers agree within ``tolerance * max(1, |expected|)``; NaN agrees with nothing."""
-    distance = abs(found - expected) / max(1.0, abs(expected))
+def expect_number(
+    what: str, found: float, expected: float, tolerance: float = 1e-9, why: str = "", count: int = 1
+) -> None:
+    """Fail unless two numbers agree within ``tolerance * max(1, |expected|)``; NaN agrees with nothing.
+
+    Args:
+        what: the number, as the reason names it.
+        found: the function's.
+        expected: the right one.
+        tolerance: see above.
+        why: what the reason ends with.
+        count: elements that a sum runs over, to tell a mean from another mistake.
+    """
+    scale = max(1.0, abs(expected))
+    distance = abs(found - expected) / scale
     if not distance <= tolerance:
-        if distance < FLOAT32_ERROR:
+        if count > 1 and abs(found * count - expected) / scale < FLOAT32_ERROR:
+            why = "this is a mean; return the sum and the count"
+        elif distance < FLOAT32_ERROR:
             why = "equal in float32 only; compute float64 inputs in float64"
         raise ClaimError(f"{what} is {found:.8g}, expected {expected:.8g}{f': {why}' if why else ''}")
 

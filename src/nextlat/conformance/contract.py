@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nextlat.conformance.cases import Case, halfway
-from nextlat.conformance.claims import ClaimError, Function
+from nextlat.conformance.claims import ContractError, Function, expect_number
 
 Dynamics = Callable[[Tensor, Tensor], Tensor]
 
@@ -24,6 +24,26 @@ class Sum(NamedTuple):
 
 
 Terms = dict[str, Sum]
+
+
+def expect_term(name: str, found: Sum, value: float, number: int, tolerance: float = 1e-9, why: str = "") -> None:
+    """Fail unless a term has this sum and count."""
+    expect_number(f"the count of {name}", found.number, number, why=why)
+    expect_number(f"the sum of {name}", found.value.item(), value, tolerance, why, number)
+
+
+def called(function: Function, leaves: Mapping[str, Tensor], *arguments: Any) -> Any:
+    """What the function returns.
+
+    Raises:
+        ContractError: it changed one of the leaves.
+    """
+    before = {name: part.detach().clone() for name, part in leaves.items()}
+    returned = function(*arguments)
+    for name, part in leaves.items():
+        if not torch.allclose(part.detach(), before[name], rtol=0.0, atol=0.0, equal_nan=True):
+            raise ContractError(f"the call changed {name} in place; work on a copy of it")
+    return returned
 
 
 def step_names(horizon: int, *kinds: str, start: int = 1) -> list[str]:
@@ -46,11 +66,12 @@ class Losses:
         """The terms of a case; the function gets copies of the integer inputs, so that it cannot change them.
 
         Raises:
-            ClaimError: the function returned something else than the contract asks for.
+            ContractError: the function did or returned something else than the contract asks for.
         """
         tokens, targets = case.tokens.clone(), case.targets.clone()
         documents = None if case.documents is None else case.documents.clone()
-        returned = self.function(case.hidden, case.embedding, case.head, tokens, targets, documents, horizon, dynamics)
+        leaves = case.leaves()
+        returned = called(self.function, leaves, *leaves.values(), tokens, targets, documents, horizon, dynamics)
         return read_terms(returned, ["ce", *step_names(horizon, "latent", "kl")])
 
 
@@ -69,11 +90,12 @@ class HeadTerms:
         """The terms of states, whose first dimension is one longer than the horizon.
 
         Raises:
-            ClaimError: the function returned something else than the contract asks for.
+            ContractError: the function did or returned something else than the contract asks for.
         """
         horizon = len(states) - 1
         copied = None if documents is None else documents.clone()
-        returned = self.function(states, head_weight, targets.clone(), copied, horizon)
+        leaves = {"states": states, "head_weight": head_weight}
+        returned = called(self.function, leaves, *leaves.values(), targets.clone(), copied, horizon)
         return read_terms(returned, ["ce", *step_names(horizon, "mtp")])
 
 
@@ -81,34 +103,34 @@ def read_terms(returned: Any, names: list[str]) -> Terms:
     """The terms that a function returned.
 
     Raises:
-        ClaimError: no dictionary, other names, no pairs of a scalar tensor and a whole number.
+        ContractError: no dictionary, other names, no pairs of a scalar tensor and a whole number.
     """
     if not isinstance(returned, Mapping):
-        raise ClaimError(f"returned {_kind(returned)}, expected a dict of name: (sum, count)")
+        raise ContractError(f"returned {_kind(returned)}, expected a dict of name: (sum, count)")
     lacking = [name for name in names if name not in returned]
     foreign = [str(name) for name in returned if name not in names]
     if lacking or foreign:
         parts = [f"lacks {', '.join(lacking)}"] * bool(lacking) + [f"has unknown {', '.join(foreign)}"] * bool(foreign)
-        raise ClaimError(f"the returned dict {' and '.join(parts)}; expected the names {', '.join(names)}")
+        raise ContractError(f"the returned dict {' and '.join(parts)}; expected the names {', '.join(names)}")
     return {name: _read_term(name, returned[name]) for name in names}
 
 
 def _read_term(name: str, term: Any) -> Sum:
     if not isinstance(term, tuple | list) or len(term) != 2:
-        raise ClaimError(f"{name} is {_kind(term)}, expected a pair (sum, count)")
+        raise ContractError(f"{name} is {_kind(term)}, expected a pair (sum, count)")
     value, number = term
     if not isinstance(value, Tensor):
-        raise ClaimError(f"the sum of {name} is {_kind(value)}, expected a scalar tensor")
+        raise ContractError(f"the sum of {name} is {_kind(value)}, expected a scalar tensor")
     if value.shape != ():
-        raise ClaimError(f"the sum of {name} has shape {tuple(value.shape)}, expected a scalar tensor of shape ()")
+        raise ContractError(f"the sum of {name} has shape {tuple(value.shape)}, expected a scalar tensor of shape ()")
     if not value.is_floating_point():
-        raise ClaimError(f"the sum of {name} is of {value.dtype}, expected a floating-point tensor")
+        raise ContractError(f"the sum of {name} is of {value.dtype}, expected a floating-point tensor")
     if isinstance(number, Tensor) and number.numel() == 1:
         number = number.item()
     if not isinstance(number, int | float):
-        raise ClaimError(f"the count of {name} is {_kind(number)}, expected an int or a tensor with one element")
+        raise ContractError(f"the count of {name} is {_kind(number)}, expected an int or a tensor with one element")
     if number != number or number in (torch.inf, -torch.inf) or number != int(number):
-        raise ClaimError(f"the count of {name} is {number}, expected a whole number")
+        raise ContractError(f"the count of {name} is {number}, expected a whole number")
     return Sum(value, int(number))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nextlat.conformance import reference
 from nextlat.conformance.cases import draw
-from nextlat.conformance.claims import ClaimError, Function, claim, expect, expect_same
+from nextlat.conformance.claims import ContractError, Function, claim, expect, expect_same
 
 
 class Inputs(NamedTuple):
@@ -47,14 +47,14 @@ class Network:
         """The next state.
 
         Raises:
-            ClaimError: something else than a floating-point tensor like the state came back.
+            ContractError: something else than a floating-point tensor like the state came back.
         """
         found = self.function(*(part.clone() for part in inputs))
         if not isinstance(found, Tensor):
-            raise ClaimError(f"returned {type(found).__name__}, expected a tensor")
+            raise ContractError(f"returned {type(found).__name__}, expected a tensor")
         if found.shape != inputs.state.shape:
             shape = tuple(inputs.state.shape)
-            raise ClaimError(f"returned shape {tuple(found.shape)} for a state of shape {shape}, expected {shape}")
+            raise ContractError(f"returned shape {tuple(found.shape)} for a state of shape {shape}, expected {shape}")
         return found
 
 

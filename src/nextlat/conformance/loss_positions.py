@@ -14,7 +14,7 @@ import torch
 from nextlat.conformance import reference
 from nextlat.conformance.cases import HORIZON, Case, leaf, random_case, with_prompts
 from nextlat.conformance.claims import claim, expect, expect_number, expect_same, gradient
-from nextlat.conformance.contract import Losses, Sum, Terms, step_names
+from nextlat.conformance.contract import Losses, Sum, Terms, expect_term, step_names
 
 PASSED = [[0] * 8, [0] * 4 + [1] * 4, [0] * 2 + [1] * 6, [0] + [1] * 7, [0, 1] + [2] * 6, [3] * 8]
 """Documents that a rollout of several steps can leave or pass through."""
@@ -48,8 +48,7 @@ def expect_sets(losses: Losses, case: Case, horizon: int, names: Sequence[str]) 
         pairs = pairs_of(case, name)
         expected = alone(losses, case, name, pairs)
         why = f"it must sum over the {len(pairs)} transitions (row, source) {', '.join(map(str, pairs))}"
-        expect_number(f"the sum of {name}", terms[name].value.item(), expected.value.item(), why=why)
-        expect_number(f"the count of {name}", terms[name].number, expected.number, why=why)
+        expect_term(name, terms[name], expected.value.item(), expected.number, why=why)
 
 
 def expect_asked(losses: Losses, case: Case) -> None:
@@ -65,8 +64,7 @@ def expect_asked(losses: Losses, case: Case) -> None:
 def expect_same_terms(found: Terms, expected: Terms, names: Sequence[str], why: str) -> None:
     """Fail unless sums and counts of the named terms agree."""
     for name in names:
-        expect_number(f"the count of {name}", found[name].number, expected[name].number, why=why)
-        expect_number(f"the sum of {name}", found[name].value.item(), expected[name].value.item(), why=why)
+        expect_term(name, found[name], expected[name].value.item(), expected[name].number, why=why)
 
 
 def live(case: Case, horizon: int) -> list[str]:
@@ -177,8 +175,7 @@ def packed_equals_alone(losses: Losses) -> None:
         for name in tables:
             tables[name] += gradient(total, single.leaves()[name])
     for name in names:
-        expect_number(f"the count of {name} of a packed row", whole[name].number, counts[name], why="as alone")
-        expect_number(f"the sum of {name} of a packed row", whole[name].value.item(), sums[name], why="as alone")
+        expect_term(f"{name} of a packed row", whole[name], sums[name], counts[name], why="as alone")
     total = mixed(whole, names)
     expect_same("the gradient of hidden of a packed row", gradient(total, case.hidden), torch.cat(states, 1))
     for name, expected in tables.items():

@@ -18,7 +18,7 @@ from nextlat.conformance.cases import (
     worked_example,
 )
 from nextlat.conformance.claims import claim, expect, expect_number, expect_same, gradient
-from nextlat.conformance.contract import Dynamics, Losses, step_names
+from nextlat.conformance.contract import Dynamics, Losses, expect_term, step_names
 
 WORKED_TERMS = {
     "ce": (4.32207351, 3),
@@ -51,8 +51,7 @@ def worked(losses: Losses) -> None:
     case = worked_example()
     terms = losses(case, 2, halfway)
     for name, (value, number) in WORKED_TERMS.items():
-        expect_number(f"the sum of {name}", terms[name].value.item(), value, 1e-7)
-        expect_number(f"the count of {name}", terms[name].number, number)
+        expect_term(name, terms[name], value, number, 1e-7)
     means = {name: term.value / term.number for name, term in terms.items()}
     total = means["ce"] + sum((means[name] / 2 for name in step_names(2, "latent", "kl")), torch.zeros(()).double())
     expect_number("the total", total.item(), WORKED_TOTAL, 1e-7)
@@ -71,8 +70,7 @@ def brute_force(losses: Losses) -> None:
     case.targets[2, 1:3] = IGNORE
     found, expected = losses(case, HORIZON, turning), reference.losses(case, HORIZON, turning)
     for name, term in expected.items():
-        expect_number(f"the count of {name}", found[name].number, term.number)
-        expect_number(f"the sum of {name}", found[name].value.item(), term.value.item())
+        expect_term(name, found[name], term.value.item(), term.number)
         for label, part in case.leaves().items():
             what = f"the gradient of {name} in {label}"
             expect_same(what, gradient(found[name].value, part), gradient(term.value, part))
@@ -84,8 +82,7 @@ def cross_entropy(losses: Losses) -> None:
     case = random_case(2, 5, width=4)
     case.targets[:, -1] = IGNORE
     found, expected = losses(case, 1)["ce"], reference.losses(case, 1, halfway)["ce"]
-    expect_number("the count of ce", found.number, expected.number)
-    expect_number("the sum of ce", found.value.item(), expected.value.item())
+    expect_term("ce", found, expected.value.item(), expected.number)
     for name, part in case.leaves().items():
         expect_same(f"the gradient of ce in {name}", gradient(found.value, part), gradient(expected.value, part))
 
@@ -96,7 +93,7 @@ def tagging_targets(losses: Losses) -> None:
     case = random_case(2, 4)
     case = case._replace(targets=torch.tensor([[0, 3, 0, 2], [4, 0, 1, 0]]))
     found, expected = losses(case, 1)["ce"], reference.losses(case, 1, halfway)["ce"]
-    expect_number("the sum of ce", found.value.item(), expected.value.item(), why="are targets made from tokens?")
+    expect_term("ce", found, expected.value.item(), expected.number, why="are targets made from tokens?")
 
 
 def with_true_states(case: Case, dynamics: Dynamics) -> Case:
@@ -135,7 +132,7 @@ def kl_direction(losses: Losses) -> None:
         for teacher in (1, 0)
     )
     why = "this is KL(student || teacher)" if abs(found - swapped) < 1e-9 else ""
-    expect_number("the sum of kl_1", found, expected, why=why)
+    expect_number("the sum of kl_1", found, expected, why=why, count=4)
 
 
 @claim("smooth-l1")

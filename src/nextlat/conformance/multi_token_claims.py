@@ -10,7 +10,7 @@ from torch import Tensor
 from nextlat.conformance import reference
 from nextlat.conformance.cases import HORIZON, IGNORE, Case, draw, leaf, random_case, with_prompts
 from nextlat.conformance.claims import claim, expect, expect_number, expect_same, gradient
-from nextlat.conformance.contract import HeadTerms, Terms, step_names
+from nextlat.conformance.contract import HeadTerms, Terms, expect_term, step_names
 from nextlat.conformance.loss_positions import PASSED, REPEATED
 from nextlat.conformance.loss_robustness import expect_zero
 
@@ -49,8 +49,7 @@ def brute_force(terms: HeadTerms) -> None:
     states = slots(case, HORIZON)
     found, expected = call(terms, states, case), reference.head_terms(states, case)
     for name, term in expected.items():
-        expect_number(f"the count of {name}", found[name].number, term.number)
-        expect_number(f"the sum of {name}", found[name].value.item(), term.value.item())
+        expect_term(name, found[name], term.value.item(), term.number)
         for label, part in (("states", states), ("head_weight", case.head)):
             what = f"the gradient of {name} in {label}"
             expect_same(what, gradient(found[name].value, part), gradient(term.value, part))
@@ -130,8 +129,7 @@ def documents_none(terms: HeadTerms) -> None:
     states = slots(case, 2)
     expected = call(terms, states, case._replace(documents=torch.zeros_like(case.targets)))
     for name, term in call(terms, states, case).items():
-        expect_number(f"the count of {name}", term.number, expected[name].number)
-        expect_number(f"the sum of {name}", term.value.item(), expected[name].value.item())
+        expect_term(name, term, expected[name].value.item(), expected[name].number)
 
 
 @claim("zero-counts")
