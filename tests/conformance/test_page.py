@@ -25,7 +25,7 @@ def test_the_page_lists_every_claim_with_its_sentence() -> None:
 def test_the_adapter_passes_and_the_example_output_is_what_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (adapter,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    adapter, plain = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (example,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
     (command,) = re.findall(r"`nextlat (conformance [^`]* --only tied-head)` prints", PAGE)
     monkeypatch.chdir(tmp_path)
@@ -38,8 +38,12 @@ def test_the_adapter_passes_and_the_example_output_is_what_is_printed(
         sys.modules.pop("my_module", None)
         return result.exit_code, result.output
 
-    code, said = run(adapter, "conformance my_module:my_losses")
-    assert code == 0, said
+    for source in (adapter, plain):
+        code, said = run(source, "conformance my_module:my_losses")
+        assert code == 0, said
+    means = plain.replace("*others) * count", "*others)")
+    assert means != plain
+    assert "this is a mean; return the sum and the count" in run(means, "conformance my_module:my_losses")[1]
     live = adapter.replace("dynamics, horizon)", "dynamics, horizon, stop_head=False)")
     assert live != adapter
     code, said = run(live, command)
