@@ -246,6 +246,24 @@ class EndTokenIsBoundary(Losses):
         return (tokens == 0).cumsum(1) if documents is None else documents
 
 
+class TokenZeroIsPadding(Losses):
+    """Takes the token 0 for padding."""
+
+    def ids(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        return torch.where(tokens == 0, -1, super().ids(tokens, documents))
+
+
+class TokenZeroEndsDocument(Losses):
+    """Starts another document behind each token 0."""
+
+    def transitions(self, ids: Tensor, i: int) -> Tensor:
+        return super().transitions(ids, i) & (self.ends[:, i:] == self.ends[:, : max(ids.shape[1] - i, 0)])
+
+    def ids(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        self.ends = F.pad((tokens == 0)[:, :-1], (1, 0)).cumsum(1)
+        return super().ids(tokens, documents)
+
+
 class TrustsPaddingTargets(Losses):
     """Asks wherever a target stands, on padding too."""
 
@@ -292,11 +310,53 @@ class OneCountForAllSteps(Losses):
         }
 
 
+class WeighsSteps(Losses):
+    """Divides the sum of step i by i."""
+
+    def finished(self, terms: Terms, horizon: int) -> Terms:
+        return {name: (value / int(name.partition("_")[2] or 1), count) for name, (value, count) in terms.items()}
+
+
+class SixteenRows(Losses):
+    """Looks at no more than 16 rows."""
+
+    def asked(self, targets: Tensor, ids: Tensor) -> Tensor:
+        return super().asked(targets, ids) & (torch.arange(len(ids))[:, None] < 16)
+
+    def sources(self, allowed: Tensor, horizon: int) -> Tensor:
+        return allowed & (torch.arange(len(allowed))[:, None] < 16)
+
+
 class Means(Losses):
     """Means in place of sums; an empty one is 0."""
 
     def reduced(self, values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         return values.sum() / count.clamp(min=1), count
+
+
+class CallsBackward(Losses):
+    """Runs the backward pass itself, so that a trainer's own counts every gradient twice."""
+
+    def finished(self, terms: Terms, horizon: int) -> Terms:
+        total = sum((value for value, _ in terms.values()), torch.tensor(0.0))
+        total.backward(retain_graph=True)
+        return terms
+
+
+class ShiftsStates(Losses):
+    """Adds to the states in place, less than a float32 run would show."""
+
+    def source(self, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden += 1e-6
+        return hidden
+
+
+class LatentNamedMSE(Losses):
+    """Calls the latent terms by the name of another loss."""
+
+    def finished(self, terms: Terms, horizon: int) -> Terms:
+        return {name.replace("latent", "mse"): term for name, term in terms.items()}
 
 
 class EmptyMeanIsNaN(Losses):

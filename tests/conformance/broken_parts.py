@@ -225,6 +225,14 @@ class EndTargetIsBoundary(Heads):
         return F.pad((targets == 0)[:, :-1], (1, 0)).cumsum(1) if documents is None else documents
 
 
+class HeadsCallBackward(Heads):
+    """Runs the backward pass itself."""
+
+    def reduced(self, values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        values.sum().backward(retain_graph=True)
+        return super().reduced(values, count)
+
+
 class FirstPositionsAsked(Heads):
     """Asks the further slots at the first six positions only."""
 

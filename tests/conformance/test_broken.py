@@ -38,6 +38,8 @@ LOSSES = {
         "brute-force boundary-passed repeated-ids document-order other-documents packed-equals-alone"
     ),
     broken.EndTokenIsBoundary: "documents-none",
+    broken.TokenZeroIsPadding: "worked-example token-zero",
+    broken.TokenZeroEndsDocument: "worked-example token-zero",
     broken.TrustsPaddingTargets: "padding-targets",
     broken.MultipliesMask: "padding-values",
     broken.SumsFeatures: "worked-example brute-force feature-mean",
@@ -49,10 +51,15 @@ LOSSES = {
         "worked-example brute-force per-step-terms every-source prompt-token-losses boundary-passed repeated-ids "
         "packed-equals-alone zero-transitions horizon-beyond-row"
     ),
+    broken.WeighsSteps: "worked-example brute-force per-step-terms",
+    broken.SixteenRows: "every-source boundary-passed accumulation",
     broken.Means: (
         "worked-example brute-force cross-entropy tagging-targets kl-direction feature-mean other-documents "
         "packed-equals-alone accumulation huge-logits"
     ),
+    broken.CallsBackward: "worked-example",
+    broken.ShiftsStates: "worked-example",
+    broken.LatentNamedMSE: "worked-example",
     broken.EmptyMeanIsNaN: "zero-prompt zero-transitions horizon-beyond-row",
     broken.SkipsEmptySteps: "zero-prompt zero-transitions horizon-beyond-row",
     broken.ShortensHorizon: "packed-equals-alone horizon-beyond-row",
@@ -70,8 +77,8 @@ LOSSES = {
     broken.DetachedRolledStates: "worked-example brute-force rolled-states-live",
     broken.FrozenDynamics: "dynamics-live rolled-states-live",
     broken.OwnEmbedding: (
-        "worked-example brute-force horizon-alignment kl-direction smooth-l1 feature-mean embedding-table "
-        "head-weight embeddings-live"
+        "worked-example brute-force horizon-alignment kl-direction smooth-l1 feature-mean per-step-terms "
+        "embedding-table head-weight token-zero embeddings-live"
     ),
     broken.StaleHead: "head-weight",
     broken.StaleEmbedding: "kl-direction feature-mean embedding-table embeddings-live",
@@ -108,6 +115,7 @@ HEADS = {
     ),
     parts.HeadsLeakFromFourth: "brute-force boundary-passed repeated-ids",
     parts.EndTargetIsBoundary: "documents-none",
+    parts.HeadsCallBackward: "brute-force",
     parts.FirstPositionsAsked: "brute-force every-position",
     parts.TargetsOfNext: "brute-force targets-ahead",
     parts.HeadsEmptyMeanIsNaN: "zero-counts",
@@ -173,7 +181,10 @@ def test_the_reason_names_what_was_measured() -> None:
         broken.SwappedKL: ("kl-direction", "this is KL(student || teacher)"),
         broken.SquaredError: ("smooth-l1", "latent_1 of the residual -1.01 is 0.51005, expected 0.51"),
         broken.SumsFeatures: ("feature-mean", "width 6 is 3, expected 18"),
-        broken.FirstPositionsOnly: ("every-source", "the 12 transitions (row, source) (0, 0)"),
+        broken.CallsBackward: ("worked-example", "the call filled hidden.grad; leave backward() to the caller"),
+        broken.ShiftsStates: ("worked-example", "the call changed hidden in place"),
+        broken.LatentNamedMSE: ("worked-example", "lacks latent_1, latent_2 and has unknown mse_1, mse_2"),
+        broken.FirstPositionsOnly: ("every-source", "the 22 transitions (row, source) (0, 0)"),
         broken.LiveHead: ("head-cut", "the gradient of kl_1 in head_weight is as large as"),
         broken.EmptyMeanIsNaN: ("zero-prompt", "the sum of ce is nan, expected exactly 0"),
         broken.ShortensHorizon: ("horizon-beyond-row", "the returned dict lacks latent_2, latent_3, latent_4, kl_2"),

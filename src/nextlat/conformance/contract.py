@@ -36,13 +36,15 @@ def called(function: Function, leaves: Mapping[str, Tensor], *arguments: Any) ->
     """What the function returns.
 
     Raises:
-        ContractError: it changed one of the leaves.
+        ContractError: it changed one of the leaves or filled its ``.grad``.
     """
     before = {name: part.detach().clone() for name, part in leaves.items()}
     returned = function(*arguments)
     for name, part in leaves.items():
         if not torch.allclose(part.detach(), before[name], rtol=0.0, atol=0.0, equal_nan=True):
             raise ContractError(f"the call changed {name} in place; work on a copy of it")
+        if part.grad is not None:
+            raise ContractError(f"the call filled {name}.grad; leave backward() to the caller of the loss")
     return returned
 
 

@@ -197,6 +197,23 @@ def documents_none(losses: Losses) -> None:
             expect_same(f"the gradient of {name} without documents", found, expected)
 
 
+@claim("token-zero")
+def token_zero(losses: Losses) -> None:
+    """In packed rows the token 0 is one like any other: it neither ends a document nor counts as padding."""
+    case = random_case(2, 6, [[0, 0, 0, 1, 1, 1], [4, 4, 4, 4, 4, -1]], vocabulary=7)
+    for table in (case.embedding, case.head):
+        table.data[0] = table.data[1]  # the tokens 0 and 1 differ by their number alone
+    case.tokens[:, [0, 1, 3]], case.targets[:, [0, 2]] = 1, 1
+    zeros = [torch.where(ids == 1, 0, ids) for ids in (case.tokens, case.targets)]
+    other = case._replace(tokens=zeros[0], targets=zeros[1])
+    names = live(case, 4)
+    found, expected = losses(other, 4), losses(case, 4)
+    why = "some tokens are 0 in place of another one with the same rows in both tables"
+    expect_same_terms(found, expected, names, why)
+    moved, same = (gradient(mixed(terms, names), case.hidden) for terms in (found, expected))
+    expect_same("the gradient of hidden", moved, same, why=why)
+
+
 def _padded(states: float | None = None) -> tuple[Case, Case]:
     """Rows of three tokens, and the same with two padding positions behind, whose states may be given."""
     padded = random_case(2, 5, [[0, 0, 0, -1, -1], [6, 6, 6, -1, -1]])
@@ -261,6 +278,7 @@ CLAIMS = [
     other_documents,
     packed_equals_alone,
     documents_none,
+    token_zero,
     padding,
     padding_targets,
     padding_values,

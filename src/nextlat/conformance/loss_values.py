@@ -192,7 +192,7 @@ def head_weight(losses: Losses) -> None:
 
 @claim("per-step-terms")
 def per_step_terms(losses: Losses) -> None:
-    """Each step is a term with its own sum and count; steps are not pooled into one mean."""
+    """Each step is a term with its own sum and count; steps are not pooled into one mean, nor weighed."""
     case = random_case(2, 3)
     both = losses(case, 2)
     middle = case._replace(hidden=leaf(case.hidden))
@@ -203,6 +203,12 @@ def per_step_terms(losses: Losses) -> None:
         expect_number(f"the count of {kind}_1 over that of {kind}_2", one.number / max(two.number, 1), 2.0)
         what = f"the sum of {kind}_2 after the state in the middle of a row of 3 changed"
         expect_number(what, moved[f"{kind}_2"].value.item(), two.value.item(), why="it is neither source nor target")
+    still = with_still_dynamics(random_case(2, 3, vocabulary=8))
+    ends, rows = losses(still.cut([0, 1], [0, 2]), 1), losses(still, 2)
+    for kind in ("latent", "kl"):
+        found, expected = rows[f"{kind}_2"].value.item(), ends[f"{kind}_1"].value.item()
+        why = f"with dynamics that keep the state it is {kind}_1 of the first and the last position"
+        expect_number(f"the sum of {kind}_2", found, expected, why=why)
 
 
 CLAIMS = [
