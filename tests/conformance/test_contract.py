@@ -165,8 +165,11 @@ def test_a_mean_is_called_one() -> None:
     def mean(*inputs: Any) -> dict[str, Any]:
         return {name: (value / count.clamp(min=1), count) for name, (value, count) in own_losses(*inputs).items()}
 
-    for name in ("worked-example", "brute-force", "cross-entropy", "tagging-targets", "kl-direction"):
-        (verdict,) = check(mean, only=[name])
+    def mean_of_one(*inputs: Any) -> dict[str, Any]:
+        return {name: (value, 1) for name, (value, _) in mean(*inputs).items()}
+
+    names = ["worked-example", "brute-force", "cross-entropy", "tagging-targets", "kl-direction"]
+    for verdict in (*check(mean, only=names), *check(mean_of_one, only=names)):
         assert str(verdict.reason).endswith(": this is a mean; return the sum and the count")
 
 

@@ -28,8 +28,8 @@ Terms = dict[str, Sum]
 
 def expect_term(name: str, found: Sum, value: float, number: int, tolerance: float = 1e-9, why: str = "") -> None:
     """Fail unless a term has this sum and count."""
-    expect_number(f"the count of {name}", found.number, number, why=why)
     expect_number(f"the sum of {name}", found.value.item(), value, tolerance, why, number)
+    expect_number(f"the count of {name}", found.number, number, why=why)
 
 
 def called(function: Function, leaves: Mapping[str, Tensor], *arguments: Any) -> Any:
