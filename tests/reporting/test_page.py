@@ -44,7 +44,7 @@ def test_the_report_is_written_whole_and_again_with_the_same_bytes(six_runs: lis
     out = tmp_path / "deep" / "report"
     assert write_report(six_runs, out) == out / "report.html"
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    names = [f"figures/{name}.png" for name in ("accuracy", "loss", "seeds", "tokens")]
+    names = [f"figures/{name}.png" for name in ("accuracy", "health", "loss", "seeds", "tokens")]
     assert files == [*names, "report.html", "summary.csv", "table.md"]
     before = {name: (out / name).read_bytes() for name in files}
     write_report(six_runs, out)
@@ -59,7 +59,7 @@ def test_the_page_is_well_formed_and_holds_all_it_needs(six_runs: list[Path], tm
     assert len(set(page.ids)) == len(page.ids)
     assert page.addresses
     assert all(address.startswith("data:") for address in page.addresses)
-    assert len(page.images) == 4
+    assert len(page.images) == 5
     assert all(image["alt"] and image["width"] for image in page.images)
     assert "nextlat: 99.15 %, 99.70 %, 94.80 %" in (page.images[0]["alt"] or "")
 
@@ -116,7 +116,7 @@ def test_a_browser_shows_the_page_without_a_network(
     assert page.title() == "path_star: next-latent report"
 
     images = page.eval_on_selector_all("img", "all => all.map(i => [i.naturalWidth, i.currentSrc])")
-    assert len(images) == 4
+    assert len(images) == 5
     assert all(width > 0 for width, _ in images)
     inside = {address for _, address in images}
     light = set(page.eval_on_selector_all("img", "all => all.map(i => i.src)"))
