@@ -221,7 +221,9 @@ def test_documents_may_lie_in_a_memory_mapped_file(tmp_path: Path) -> None:
         (lambda: collect([[1], [2, -3]]), "document 1 holds token -3"),
         (lambda: collect([[1.5]]), "document 0 holds float64"),  # type: ignore[list-item]
         (lambda: collect([[1, 0]], end_token=0), "document 0 holds the end token 0"),
-        (lambda: collect([[1]], end_token=-1), "holds token -1|end_token is -1"),
+        (lambda: collect([[1]], end_token=-1), "end_token is -1"),
+        (lambda: collect([[1]], end_token=2.5), "end_token is 2.5; a token id is an integer"),  # type: ignore[arg-type]
+        (lambda: pack([[1]], 4, pad_token=-3), "pad_token is -3; a token id is an integer of at least 0"),
         (lambda: collect([[1, 2]], prompts=[3]), "prompt of 3"),
         (lambda: collect([[1, 2]], prompts=[1, 1]), "2 prompt lengths for 1"),
         (lambda: Documents(np.array([1, 2]), [0, 1]), "from 0 to 1"),

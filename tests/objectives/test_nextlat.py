@@ -483,6 +483,22 @@ def test_impossible_settings_name_the_value_and_the_limit(options: dict[str, flo
         NextLat(small_trunk(), **options)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 4, 3), (9, 3), (9, 3)), r"states have shape \(2, 4, 3\) for tokens of shape \(2, 5\)"),
+        (((10, 3), (9, 3), (9, 3)), r"states have shape \(10, 3\).*must be \(B, T, D\)"),
+        (((2, 5, 3), (9, 4), (9, 3)), r"embedding_weight has shape \(9, 4\); it must be \(V, 3\)"),
+        (((2, 5, 3), (9, 3), (3,)), r"head_weight has shape \(3,\); it must be \(V, 3\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+    hidden, embedding, head = (torch.zeros(shape) for shape in shapes)
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    with pytest.raises(NextLatError, match=message):
+        nextlat_sums(hidden, embedding, head, Batch(tokens, tokens), halfway, 1)
+
+
 def test_a_horizon_longer_than_the_rows_is_refused_with_the_largest_that_fits() -> None:
     check_length(4, 5)
     with pytest.raises(NextLatError, match=r"horizon = 5 needs rows longer than 5 tokens.*at most 4"):

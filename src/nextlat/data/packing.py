@@ -58,8 +58,7 @@ class Documents:
             where = np.argmin(tokens)
             document = np.searchsorted(self.offsets, where, "right") - 1
             raise NextLatError(f"document {document} holds token {tokens[where]}; token ids must be at least 0")
-        if end_token is not None and end_token < 0:
-            raise NextLatError(f"end_token is {end_token}; a token id must be at least 0")
+        _check_token("end_token", end_token)
         self.prompts: Ints = np.zeros_like(self.lengths) if prompts is None else _integers(prompts, "prompts")
         _check_prompts(self.prompts, self.lengths)
 
@@ -76,6 +75,7 @@ def collect(
         prompts: (n,) how many first tokens of each sequence are prompt. Targets inside a prompt are ignored; its
             last token counts, it predicts the first token of the answer.
     """
+    _check_token("end_token", end_token)
     arrays = [np.asarray(sequence) for sequence in sequences]
     for index, array in enumerate(arrays):
         if array.ndim != 1 or not len(array):
@@ -240,8 +240,9 @@ def packed_rows(documents: Documents, plan: Plan, rows: ArrayLike, pad_token: in
         (B, T) rows; ``documents`` holds each document's number, -1 on padding, and ``keys`` the rows' numbers.
 
     Raises:
-        NextLatError: a row that the plan does not have.
+        NextLatError: a row that the plan does not have, or a pad token that is no id.
     """
+    _check_token("pad_token", pad_token)
     chosen = np.atleast_1d(_integers(rows, "rows"))
     if ((chosen < 0) | (chosen >= plan.rows)).any():
         bad = chosen[(chosen < 0) | (chosen >= plan.rows)][0]
@@ -299,6 +300,11 @@ def _integers(values: ArrayLike, name: str) -> Ints:
     if array.size and array.dtype.kind not in "iu":
         raise NextLatError(f"{name} hold {array.dtype}; they must be integers")
     return array.astype(np.int64)
+
+
+def _check_token(name: str, token: int | None) -> None:
+    if token is not None and (not isinstance(token, int | np.integer) or token < 0):
+        raise NextLatError(f"{name} is {token}; a token id is an integer of at least 0")
 
 
 def _check_prompts(prompts: Ints, lengths: Ints) -> None:

@@ -92,9 +92,22 @@ def nextlat_sums(
 
     Returns:
         ``{"ce", "latent_1" ..., "kl_1" ...}: (sum, count)``.
+
+    Raises:
+        NextLatError: shapes that do not fit each other, or a horizon below 1.
     """
     check_horizon(horizon, 1)
+    if hidden.ndim != 3 or hidden.shape[:2] != batch.tokens.shape:
+        raise NextLatError(
+            f"states have shape {tuple(hidden.shape)} for tokens of shape {tuple(batch.tokens.shape)}; "
+            "they must be (B, T, D), one for each token"
+        )
     rows, length, width = hidden.shape
+    for name, weight in (("embedding_weight", embedding_weight), ("head_weight", head_weight)):
+        if weight.ndim != 2 or weight.shape[1] != width:
+            raise NextLatError(
+                f"{name} has shape {tuple(weight.shape)}; it must be (V, {width}), as wide as the states"
+            )
     if batch.documents is not None:
         # A rollout over padding is left out of every sum, but NaN times a gradient of zero would not be zero.
         padding = (batch.documents < 0)[..., None]

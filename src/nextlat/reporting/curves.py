@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -82,34 +82,17 @@ def loss_figure(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure | None:
     terms = list(dict.fromkeys(term for run in runs for term, values in run.terms().items() if len(values)))
     if not terms:
         return None
-    of_benchmark = benchmarks(group_runs(runs))
-    panels = [(benchmark, term) for benchmark in of_benchmark for term in terms]
-    columns = min(3, len(terms))
-    rows = ceil(len(panels) / columns)
     faint = 0.3 / len(runs) ** 0.5
-    figure = new_figure(WIDTH, 0.6 + (2.7 if columns > 1 else 3.3) * rows, theme)
-    places = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, (benchmark, term) in zip(places, panels, strict=False):
-        title = f"{benchmark}: {term}" if len(of_benchmark) > 1 else term
-        dress(axes, theme, title, STEPS, AXIS.get(term, term), columns)
-        drawn = []
-        for run, style in _styled(of_benchmark[benchmark], theme):
-            values = run.terms().get(term, np.empty(0))
-            steps = run.metrics["step"] if len(values) else values
-            axes.plot(steps, values, gid=run.name, linewidth=0.6, alpha=faint, **style | {"linestyle": "-"}, zorder=2)
-            mean = running_mean(values)
-            axes.plot(steps, mean, gid=f"{run.name} smoothed", linewidth=1.5, alpha=0.9, **style, zorder=3)
-            drawn.append(values[np.isfinite(values)])
-        _steps_axis(axes, of_benchmark[benchmark])
-        values = np.concatenate(drawn)
-        if not values.size:
-            axes.set_visible(False)  # no objective on this benchmark has the term
-        elif values.min() > 0 and values.max() > LOG_FROM * values.min():
-            logarithmic(axes)
-    for axes in places[len(panels) :]:
-        axes.set_visible(False)
-    legend_above(figure, _legend(runs, theme), theme)
-    return figure
+
+    def draw(axes: Axes, run: Run, term: str, style: dict[str, Any]) -> Array:
+        values = run.terms().get(term, np.empty(0))
+        steps = run.metrics["step"] if len(values) else values
+        axes.plot(steps, values, gid=run.name, linewidth=0.6, alpha=faint, **style | {"linestyle": "-"}, zorder=2)
+        mean = running_mean(values)
+        axes.plot(steps, mean, gid=f"{run.name} smoothed", linewidth=1.5, alpha=0.9, **style, zorder=3)
+        return values
+
+    return _panels(runs, {term: (term, AXIS.get(term, term)) for term in terms}, draw, 2.7, theme)
 
 
 def health_figure(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure | None:
@@ -120,27 +103,51 @@ def health_figure(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure | None:
     found = {run.name: run.health() for run in runs}
     columns = list(dict.fromkeys(name for logged in found.values() for name in logged))
     titles = {
-        name: title.format(name.partition(".")[2])
+        name: (title.format(name.partition(".")[2]), "")
         for key, title in HEALTH.items()
         for name in columns
         if name.partition(".")[0] == key
     }
-    of_benchmark = benchmarks(group_runs(runs))
-    panels = [(benchmark, name) for benchmark in of_benchmark for name in titles]
-    if not panels:
+    if not titles:
         return None
-    rows = ceil(len(panels) / 3)
-    figure = new_figure(WIDTH, 0.6 + 2.2 * rows, theme)
-    places = list(figure.subplots(rows, 3, squeeze=False).flat)
+
+    def draw(axes: Axes, run: Run, name: str, style: dict[str, Any]) -> Array:
+        steps, values = found[run.name].get(name, (np.empty(0), np.empty(0)))
+        axes.plot(steps, values, gid=run.name, linewidth=1.2, marker=".", markersize=4, alpha=0.85, **style)
+        return values
+
+    return _panels(runs, titles, draw, 2.2, theme)
+
+
+def _panels(
+    runs: Sequence[Run],
+    columns: Mapping[str, tuple[str, str]],
+    draw: Callable[[Axes, Run, str, dict[str, Any]], Array],
+    height: float,
+    theme: Theme,
+) -> Figure:
+    """A row a benchmark, a panel a column of the log, at most three beside each other.
+
+    Args:
+        runs: to draw.
+        columns: name -> title of its panel and label of its axis.
+        draw: draws a run's column and returns the values; a panel without any is left out.
+        height: of a row, in inches; a row of one panel gets a little more.
+        theme: colours.
+    """
+    of_benchmark = benchmarks(group_runs(runs))
+    panels = [(benchmark, name) for benchmark in of_benchmark for name in columns]
+    beside = min(3, len(columns))
+    rows = ceil(len(panels) / beside)
+    figure = new_figure(WIDTH, 0.6 + (height if beside > 1 else 3.3) * rows, theme)
+    places = list(figure.subplots(rows, beside, squeeze=False).flat)
     for axes, (benchmark, name) in zip(places, panels, strict=False):
-        several = len(of_benchmark) > 1
-        dress(axes, theme, f"{benchmark}: {titles[name]}" if several else titles[name], STEPS, "", 3)
-        values = np.empty(0)
-        for run, style in _styled(of_benchmark[benchmark], theme):
-            steps, logged = found[run.name].get(name, (np.empty(0), np.empty(0)))
-            axes.plot(steps, logged, gid=run.name, linewidth=1.2, marker=".", markersize=4, alpha=0.85, **style)
-            values = np.concatenate([values, logged])
+        title, label = columns[name]
+        dress(axes, theme, f"{benchmark}: {title}" if len(of_benchmark) > 1 else title, STEPS, label, beside)
+        drawn = [draw(axes, run, name, style) for run, style in _styled(of_benchmark[benchmark], theme)]
         _steps_axis(axes, of_benchmark[benchmark])
+        values = np.concatenate(drawn)
+        values = values[np.isfinite(values)]
         axes.set_visible(bool(values.size))  # no objective on this benchmark has it otherwise
         if values.size and values.min() > 0 and values.max() > LOG_FROM * values.min():
             logarithmic(axes)
