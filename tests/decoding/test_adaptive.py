@@ -271,11 +271,11 @@ SAMPLINGS = {"temperature 1": Sampling(1.0), "top 2": Sampling(2.0, top_k=2), "g
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("judge", VERIFICATIONS)
-@pytest.mark.parametrize("explores", [0, 2])
+@pytest.mark.parametrize("explores", [0, 12])
 def test_a_round_puts_out_the_models_own_law(judge: str, sampling: str, explores: int) -> None:
     # what was learned before the round does not change in it; decisions follow from the drafted tokens alone
     policy = CostAware(Costs(0.3, PACKED), 3)
-    policy._forced, policy._paid = explores, True
+    policy._budget = float(explores)
     world = World(3, 4, seed=0, closeness=0.3)
     found = {policy.decide(1, [guess]) for guess in CENTRES}
     assert explores or found == {True, False}  # it does choose

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from nextlat import IGNORE, Batch, generate
 from nextlat.decoding import Confidence, Policy, Sampling, Static, Statistics, cheap
 from nextlat.decoding.cheap import Int8Linear, cheaper, count_targets, frequent_tokens, int8_works
-from nextlat.decoding.drafting import draft
+from nextlat.decoding.drafting import Drafts, draft
 from nextlat.decoding.verification import VERIFICATIONS, token_wise
 from nextlat.errors import NextLatError
 from tests.decoding.enumeration import Rules, World, distance
@@ -30,16 +31,6 @@ SAMPLINGS = {
     "greedy": Sampling(0.0),
 }
 needs_int8 = pytest.mark.skipif(not int8_works(), reason="this torch has no 8-bit products on this machine")
-
-
-def within(vocabulary: list[int]) -> Any:
-    """The law of a drafter that has logits of these tokens only, over the whole vocabulary."""
-    columns = torch.tensor(vocabulary)
-
-    def law(logits: Tensor, sampling: Sampling) -> Tensor:
-        return torch.zeros_like(logits).index_copy_(0, columns, sampling.law(logits[columns]))
-
-    return law
 
 
 def quantised(world: World) -> tuple[World, World]:
@@ -59,9 +50,7 @@ def quantised(world: World) -> tuple[World, World]:
 @pytest.mark.parametrize("policy", [Static(2), Confidence(3, 0.6)])
 def test_a_reduced_vocabulary_leaves_the_law_as_it_is(policy: Policy, judge: str, sampling: str) -> None:
     world = World(4, policy.max_length + 1, seed=4, closeness=0.6)
-    law = within([0, 2])
-    rules = Rules(SAMPLINGS[sampling], policy, VERIFICATIONS[judge], draft_law=law, declared_law=law)
-    assert distance(world, rules) < EXACT
+    assert distance(world, Rules(SAMPLINGS[sampling], policy, VERIFICATIONS[judge], vocabulary=(0, 2))) < EXACT
 
 
 @needs_int8
@@ -69,27 +58,37 @@ def test_a_reduced_vocabulary_leaves_the_law_as_it_is(policy: Policy, judge: str
 @pytest.mark.parametrize("judge", VERIFICATIONS)
 def test_eight_bit_logits_leave_the_law_as_it_is(judge: str, sampling: str) -> None:
     _, rounded = quantised(World(4, 3, seed=4))
-    assert distance(rounded, Rules(SAMPLINGS[sampling], Static(2), VERIFICATIONS[judge])) < EXACT
-    law = within([1, 2, 3])
-    both = Rules(SAMPLINGS[sampling], Static(2), VERIFICATIONS[judge], draft_law=law, declared_law=law)
-    assert distance(rounded, both) < EXACT
+    rules = Rules(SAMPLINGS[sampling], Static(2), VERIFICATIONS[judge])
+    assert distance(rounded, rules) < EXACT
+    assert distance(rounded, replace(rules, vocabulary=(1, 2, 3))) < EXACT
+
+
+def telling(world: World) -> Callable[..., Drafts | None]:
+    """A mistake: drafting that declares laws of the whole vocabulary of another drafter."""
+
+    def broken(drafter: Any, state: Any, token: Tensor, sampling: Sampling, *rest: Any) -> Drafts | None:
+        made = draft(drafter, state, token, sampling, *rest)
+        assert made is not None
+        texts = [[tuple(row[:i]) for i in range(len(row))] for row in made.tokens.tolist()]
+        laws = [torch.stack([sampling.law(world.drafter[text]) for text in row]) for row in texts]
+        return made._replace(laws=torch.stack(laws))
+
+    return broken
 
 
 def test_declaring_the_whole_vocabulary_for_drafts_of_a_part_is_seen() -> None:
     world = World(4, 3, seed=4, closeness=0.6)
-    wrong = Rules(Sampling(1.0), Static(2), token_wise, draft_law=within([0, 2]))
-    assert distance(world, replace(wrong, declared_law=wrong.draft_law)) < EXACT
-    assert distance(world, wrong) > 1e-2
+    right = Rules(Sampling(1.0), Static(2), token_wise, vocabulary=(0, 2))
+    assert distance(world, right) < EXACT
+    assert distance(world, replace(right, draft=telling(world))) > 1e-2
 
 
 @needs_int8
 def test_declaring_full_precision_for_eight_bit_drafts_is_seen() -> None:
     full, rounded = quantised(World(4, 3, seed=4))
-    laws = {id(full.drafter[text]): rounded.drafter[text] for text in full.drafter}
-    wrong = Rules(
-        Sampling(1.0), Static(2), token_wise, draft_law=lambda logits, sampling: sampling.law(laws[id(logits)])
-    )
-    assert distance(full, wrong) > 1e-5
+    right = Rules(Sampling(1.0), Static(2), token_wise)
+    assert distance(rounded, right) < EXACT
+    assert distance(rounded, replace(right, draft=telling(full))) > 1e-5
 
 
 class Table:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from nextlat.decoding import rounds
+from nextlat.decoding.drafting import Drafts, draft
 from nextlat.decoding.policies import Confidence, Entropy, Policy, Static
+from nextlat.decoding.rounds import Round, Setting, play_chain
 from nextlat.decoding.sampling import Sampling
 from nextlat.decoding.verification import VERIFICATIONS, Verdict, block_wise, token_wise
-from tests.decoding.enumeration import Rules, World, distance, output_law
+from tests.decoding.enumeration import Rules, TableDrafter, Text, World, distance, outcomes, output_law
 
 EXACT = 1e-12
 POLICIES: dict[str, Policy] = {
@@ -80,18 +85,82 @@ def block_without_worth(p: Tensor, q: Tensor, drafts: Tensor, lengths: Tensor, u
     return Verdict(block_wise(p, q, drafts, lengths, u).accepted, token_wise(p, q, drafts, lengths, u * 0 + 1).law)
 
 
-def sharpest(logits: Tensor, sampling: Sampling) -> Tensor:
-    return Sampling(0.0).law(logits)
+def redeclared(law: Callable[[Tensor, Sampling], Tensor], drawn: Sampling | None = None) -> Callable[..., Drafts]:
+    """Drafting that tells the verification another law of the drafter's logits, or also draws from another."""
+
+    def broken(drafter: TableDrafter, state: list[Text], token: Tensor, sampling: Sampling, *rest: Any) -> Any:
+        made = draft(drafter, state, token, drawn or sampling, *rest)
+        assert made is not None
+        told = [
+            torch.stack([law(drafter.table[tuple(row[:i])], sampling) for i in range(len(row))])
+            for row in made.tokens.tolist()
+        ]
+        return made._replace(laws=torch.stack(told))
+
+    return broken
 
 
-MISTAKES = {
-    "laws declared before temperature and truncation": {"declared_law": lambda logits, sampling: logits.softmax(-1)},
-    "a drafted token discarded for its own probability": {"discard_below": 0.3},
-    "greedy drafts declared as sampled ones": {"draft_law": sharpest},
+def discarding(*arguments: Any) -> Any:
+    """Drafting that throws away, unverified, tokens that are less likely than 0.3, and all behind them."""
+    made = draft(*arguments)
+    assert made is not None
+    likely = made.laws.gather(-1, made.tokens[..., None])[..., 0] >= 0.3
+    return made._replace(lengths=torch.minimum(made.lengths, likely.cumprod(1).sum(1)))
+
+
+def one_coin_twice(setting: Setting, *rest: Any) -> Round:
+    """A round whose last token is drawn with the first coin of the verification."""
+    kept: list[Tensor] = []
+
+    def uniform(*shape: int) -> Tensor:
+        if kept:
+            return kept[0][:, 0]
+        drawn = setting.uniform(*shape)
+        if len(shape) == 2:
+            kept.append(drawn)
+        return drawn
+
+    return play_chain(setting._replace(uniform=uniform), *rest)
+
+
+def raw_target(setting: Setting, *rest: Any) -> Round:
+    """A round whose drafts are of the truncated law, and whose verification is not."""
+    sampling = setting.sampling
+
+    def broken(*arguments: Any) -> Any:
+        return draft(*arguments[:3], sampling, *arguments[4:])
+
+    with mock.patch.object(rounds, "draft", broken):
+        return play_chain(setting._replace(sampling=Sampling(1.0)), *rest)
+
+
+def stale_logits(setting: Setting, *rest: Any) -> Round:
+    """A round that reads the model's answer one place too late."""
+
+    def model(tokens: Tensor, cache: Any) -> Any:
+        output = setting.lm(tokens, cache=cache)
+        return output._replace(logits=torch.cat([output.logits[:, 1:], output.logits[:, -1:]], 1))
+
+    return play_chain(setting._replace(lm=model), *rest)  # type: ignore[arg-type]
+
+
+def whole_law(logits: Tensor, sampling: Sampling) -> Tensor:
+    return logits.softmax(-1)
+
+
+MISTAKES: dict[str, dict[str, Any]] = {
+    "laws declared before temperature and truncation": {"draft": redeclared(whole_law)},
+    "a drafted token discarded for its own probability": {"draft": discarding},
+    "greedy drafts declared as sampled ones": {
+        "draft": redeclared(lambda logits, sampling: sampling.law(logits), Sampling(0.0))
+    },
     "no residual after a rejection": {"judge": no_residual},
     "residual of the position behind the rejected token": {"judge": residual_after_the_rejected},
     "bonus token from the last but one law": {"judge": early_bonus},
     "block verdicts with the residual of single ones": {"judge": block_without_worth},
+    "the last token drawn with the first coin": {"play": one_coin_twice},
+    "a truncated draft against the whole law": {"play": raw_target},
+    "the model's answer one place too late": {"play": stale_logits},
 }
 
 
@@ -106,25 +175,8 @@ def test_every_known_mistake_is_seen(mistake: str) -> None:
 
 def kept(world: World, judge: str, length: int) -> float:
     """Tokens that a round keeps of a draft, on average, by going through every draft and coin."""
-    from tests.decoding.enumeration import FAIL, coin_chances, drafts
-
-    rules = Rules(Sampling(1.0), Static(length), VERIFICATIONS[judge])
-    listed = drafts(world, rules)
-    tokens = torch.tensor(list(listed))
-    law = Sampling(1.0).law
-    p = torch.stack([torch.stack([law(world.target[t[:i]]) for i in range(length + 1)]) for t in listed])
-    q = torch.stack([torch.stack([law(world.drafter[t[:i]]) for i in range(length)]) for t in listed])
-    lengths = torch.full((len(listed),), length)
-    chances = coin_chances(rules.judge, p, q, tokens, lengths)
-    weights = torch.tensor(list(listed.values()), dtype=torch.float64)
-    total = 0.0
-    for falls in itertools.product([True, False], repeat=length):
-        coins = torch.tensor([0.0 if well else FAIL for well in falls], dtype=torch.float64).expand(len(listed), -1)
-        share = weights.clone()
-        for i, well in enumerate(falls):
-            share = share * (chances[:, i] if well else 1 - chances[:, i])
-        total += float((share * rules.judge(p, q, tokens, lengths, coins).accepted).sum())
-    return total
+    found = outcomes(world, Rules(Sampling(1.0), Static(length), VERIFICATIONS[judge]))
+    return sum(probability * (len(text) - 1) for text, probability in found.items())
 
 
 @pytest.mark.parametrize("closeness", [0.2, 0.5, 0.8])

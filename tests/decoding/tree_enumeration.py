@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,31 +17,11 @@ from torch import Tensor
 from nextlat.decoding.drafting import Uniform
 from nextlat.decoding.sampling import Sampling
 from nextlat.decoding.tree import TokenTree, Tree, follow, grow
-from tests.decoding.enumeration import Text, World, continuation
+from tests.decoding.enumeration import TableDrafter, Text, World, continuation
 
 Rule = Callable[[TokenTree, Tensor, Sampling, Uniform], tuple[Tensor, Tensor, Tensor]]
 LAST = 1 - 2.0**-53
 """The greatest coin."""
-
-
-class TableDrafter:
-    """Logits from a table of texts behind the known token. Its state is the text that each row has seen."""
-
-    max_length: int | None = None
-
-    def __init__(self, table: dict[Text, Tensor], vocabulary: Tensor | None = None) -> None:
-        self.table, self.vocabulary = table, vocabulary
-
-    def observe(self, output: Any, accepted: Tensor) -> list[Text]:
-        raise NotImplementedError
-
-    def step(self, state: list[Text], token: Tensor) -> tuple[list[Text], Tensor]:
-        state = [(*text, new) for text, new in zip(state, token.tolist(), strict=True)]
-        logits = torch.stack([self.table[text[1:]] for text in state])
-        return state, logits if self.vocabulary is None else logits[:, self.vocabulary]
-
-    def select(self, state: list[Text], rows: Tensor) -> list[Text]:
-        return [state[row] for row in rows.tolist()]
 
 
 @dataclass
