@@ -47,15 +47,16 @@ def interleave(arms: Mapping[str, Arm], repetitions: int, warmup: int = 1) -> di
     """
     cpu: dict[str, list[float]] = {name: [] for name in arms}
     wall: dict[str, list[float]] = {name: [] for name in arms}
-    for round_number in range(warmup + repetitions):
-        with collector_paused():
-            for name, arm in arms.items():
-                began = time.perf_counter(), time.process_time()
-                arm()
-                spent = time.perf_counter() - began[0], time.process_time() - began[1]
-                if round_number >= warmup:
-                    wall[name].append(spent[0])
-                    cpu[name].append(spent[1])
+    with older_objects_left_alone():
+        for round_number in range(warmup + repetitions):
+            with collector_paused():
+                for name, arm in arms.items():
+                    began = time.perf_counter(), time.process_time()
+                    arm()
+                    spent = time.perf_counter() - began[0], time.process_time() - began[1]
+                    if round_number >= warmup:
+                        wall[name].append(spent[0])
+                        cpu[name].append(spent[1])
     return {name: Timing(tuple(cpu[name]), tuple(wall[name])) for name in arms}
 
 
@@ -70,6 +71,20 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def older_objects_left_alone() -> Iterator[None]:
+    """Collections within the block look at what it made: going through all else takes longer than most arms do."""
+    if gc.get_freeze_count():  # somebody did so before
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def compare(slow: Timing, fast: Timing) -> Ratio:

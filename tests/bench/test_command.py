@@ -45,6 +45,9 @@ LINES = {
         "decoding, acceptance 0.8: plain / drafted",
         "share of the bound reached, acceptance 0.95",
         "8 rows, acceptance 0.8: plain / drafted",
+        "acceptance from which drafts pay",
+        "adaptive / best fixed length: least",
+        "tokens kept of 4: int8 / all tokens",
     ],
 }
 

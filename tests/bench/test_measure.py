@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -29,6 +30,27 @@ def test_the_collector_rests_while_arms_run_and_works_again_afterwards() -> None
     interleave({"arm": lambda: enabled.append(gc.isenabled())}, repetitions=2)
     assert enabled == [False, False, False]
     assert gc.isenabled()
+
+
+def test_garbage_of_a_round_is_collected_before_the_next_and_older_objects_are_not_gone_through() -> None:
+    class Knot:
+        """Frees itself only by the collector."""
+
+        def __init__(self) -> None:
+            self.self = self
+
+    alive: weakref.WeakSet[Knot] = weakref.WeakSet()
+    left, frozen = [], []
+
+    def arm() -> None:
+        left.append(len(alive))
+        frozen.append(gc.get_freeze_count())
+        alive.add(Knot())
+
+    interleave({"arm": arm}, repetitions=3)
+    assert left == [0, 0, 0, 0]
+    assert min(frozen) > 1000
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_collector_works_again_after_an_arm_has_failed() -> None:

@@ -15,6 +15,7 @@ from nextlat.bench.trained import (
     best_speed,
     best_static,
     check_alike,
+    on_domain,
 )
 from nextlat.decoding.costs import Costs
 from nextlat.decoding.speculative import Statistics
@@ -27,6 +28,9 @@ from tests.tiny import run_whole, tiny
 def arm(seconds: float, tokens: int = 30) -> Arm:
     counted = Statistics(calls=9, rounds=10, tokens=tokens, drafted=[10, 10], reached=[10, 5], accepted=[5, 3])
     return Arm(counted, [seconds / 2, seconds / 2], [0.8, 0.8])
+
+
+RUN: Any = type("Run", (), {"path": Path("run"), "step": 9})()
 
 
 def contender(name: str, trained: Any = None, **seconds: float) -> Contender:
@@ -60,12 +64,25 @@ def test_a_rival_that_is_slower_makes_a_ratio_above_one() -> None:
 
 
 def test_the_gain_of_adapting_is_over_the_best_fixed_length_of_each_domain() -> None:
-    one = contender("nextlat", type("Run", (), {"path": Path("run")})(), plain=8, s0=6, s2=3, adaptive=2)
+    one = contender("nextlat", RUN, plain=8, s0=6, s2=3, adaptive=2)
     one.found["code"] = {PLAIN: arm(8), "0": arm(1), "2": arm(3), ADAPTIVE: arm(2)}
     found = {result.name: result.value for result in adaptive_against_static(one, 0.0)}
-    assert found["prose: plain / adaptive"] == pytest.approx(4)
-    assert found["adaptive / best static length: geometric mean"] == pytest.approx((1.5 * 0.5) ** 0.5)
-    assert found["adaptive / best static length: least"] == pytest.approx(0.5)
+    assert found["adaptive / best fixed length: geometric mean"] == pytest.approx((1.5 * 0.5) ** 0.5)
+    assert found["adaptive / best fixed length: least"] == pytest.approx(0.5)
+
+
+def test_a_domain_has_gains_over_plain_decoding_and_a_bound_in_units_of_the_weights_that_drafts_get() -> None:
+    one = contender("nextlat", RUN, plain=8, s0=6, s2=3, adaptive=2)
+    found = {result.name: result.value for result in on_domain(one, "prose", 0.0)}
+    assert found["plain / drafts of 2, the best fixed length"] == pytest.approx(8 / 3)
+    assert found["plain / adaptive"] == pytest.approx(4)
+    assert found["adaptive / the best fixed length"] == pytest.approx(1.5)
+    # 3 tokens a round, which costs V(3) = 1 + 2 / 3 * 0.5 and two draft steps of 0.1
+    assert found["share of the bound reached"] == pytest.approx((6 / 3) / (3 / (4 / 3 + 0.2)))
+    nothing = contender("nextlat", RUN, plain=8, s0=2, s2=3, adaptive=2)
+    found = {result.name: result.value for result in on_domain(nothing, "prose", 0.0)}
+    assert found["plain / drafts of 0, the best fixed length"] == pytest.approx(4)
+    assert "share of the bound reached" not in found
 
 
 def test_runs_that_say_nothing_of_the_objective_are_not_compared(tmp_path: Path) -> None:

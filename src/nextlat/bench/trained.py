@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import exp, log
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
+from nextlat.bench.decode import Small, bound, share_of_bound
 from nextlat.bench.results import Result
 from nextlat.decoding.adaptive import CostAware
 from nextlat.decoding.cheap import cheaper, count_targets, frequent_tokens
@@ -34,6 +39,8 @@ ALIKE = ("task", "model", "data", "training")
 """Sections of the configuration in which runs that are set against each other must agree."""
 CHEAP_LENGTH = 4
 """Drafted tokens where cheap drafts are set beside full ones."""
+SHOWN = 6
+"""Positions of a draft whose acceptance is printed."""
 COUNTED_STEPS = 100
 """Training steps whose tokens are counted for a draft vocabulary."""
 
@@ -53,6 +60,23 @@ class Contender(NamedTuple):
     found: Found
 
 
+@contextmanager
+def trained_here(small: Small) -> Iterator[Path]:
+    """A nextlat run, trained on text of this machine and thrown away afterwards.
+
+    Raises:
+        NextLatError: it could not be trained.
+    """
+    with TemporaryDirectory() as folder:
+        overrides = ["objective=nextlat", "name=trained-here", f"training.steps={small.steps}", *small.overrides]
+        overrides += ["training.evaluate_every=null", "evaluation.after=[]"]
+        command = [sys.executable, "-m", "nextlat", "train", small.configuration, *overrides, "--runs-dir", folder]
+        made = subprocess.run(command, capture_output=True, text=True, cwd=folder)  # tokens go to ./data
+        if made.returncode:
+            raise NextLatError(f"a model to measure drafts of could not be trained: {made.stderr.strip()}")
+        yield Path(folder) / "trained-here"
+
+
 def compare_runs(paths: Sequence[Path], prompts: int) -> Iterator[Result]:
     """Measure runs in turn on every domain, at temperatures 0 and 1.
 
@@ -65,9 +89,12 @@ def compare_runs(paths: Sequence[Path], prompts: int) -> Iterator[Result]:
         contenders = [contender(trained, Sampling(temperature)) for trained in loaded]
         task = contenders[0].trained.built.task
         domains = domain_names(task, task_tokenizer(task))
+        for one in contenders:
+            yield from prices(one, temperature)
         for domain in domains:
             for one in contenders:
                 one.found[domain] = survey(one, domain, prompts, Sampling(temperature))
+                yield from on_domain(one, domain, temperature)
         for one in contenders:
             yield from adaptive_against_static(one, temperature)
             yield from cheap_drafts(one, prompts, Sampling(temperature))
@@ -110,29 +137,52 @@ def survey(one: Contender, domain: str, count: int, sampling: Sampling) -> dict[
     return measure_domain(one.fast, one.drafter, texts, length, sampling, ways, baseline=lm)
 
 
-def adaptive_against_static(one: Contender, temperature: float) -> Iterator[Result]:
-    """The gain of a run's drafts on each domain, and of adapting their length."""
-    setting = {"objective": one.name, "run": str(one.trained.path), "temperature": temperature}
-    gains = []
-    for domain, arms in one.found.items():
-        best = best_static(arms)
-        gains.append(spent(arms[best]) / spent(arms[ADAPTIVE]))
-        kept, moved = arms[best].statistics, arms[ADAPTIVE].statistics
-        yield Result(
-            f"{domain}: plain / adaptive",
-            ratio(arms, ADAPTIVE),
-            setting=setting,
-            of=f"static {ratio(arms, best):.2f} ({best})",
-            note=f"{one.name} at temperature {temperature:g}, {domain}: static {best} keeps "
-            f"{sum(kept.accepted) / kept.rounds:.2f} a round, adaptive "
-            f"{sum(moved.accepted) / moved.rounds:.2f} of {sum(moved.drafted) / moved.rounds:.2f}; by position "
-            + " ".join(f"{share:.2f}" for share in arms[str(max(map(int, statics(arms))))].acceptance),
-        )
-    note = f"{one.name}: {one.costs.advice(longest_draft(one.drafter))}"
+def setting(one: Contender, temperature: float) -> dict[str, Any]:
+    """For the table."""
+    run = one.trained
+    return {"objective": one.name, "run": run.path.name, "step": run.step, "temperature": f"{temperature:g}"}
+
+
+def prices(one: Contender, temperature: float) -> Iterator[Result]:
+    """What a run's drafts cost here, and what they must yield to pay."""
+    about, longest = setting(one, temperature), longest_draft(one.drafter)
+    yield Result("draft step / cached step", one.costs.draft, setting=about)
+    for count in (4, 8):
+        yield Result(f"verifying {count} positions / one", one.costs.verification(count), setting=about)
+    note = f"{one.name} at temperature {temperature:g}: {one.costs.advice(longest)}"
+    yield Result("acceptance from which drafts pay", one.costs.break_even(longest), setting=about, note=note)
+
+
+def on_domain(one: Contender, domain: str, temperature: float) -> Iterator[Result]:
+    """The gain of a run's drafts on a kind of text: of the best fixed length, and of adapting it."""
+    arms = one.found[domain]
+    about = setting(one, temperature) | {"text": domain}
+    best = best_static(arms)
+    kept, moved = arms[best].statistics, arms[ADAPTIVE].statistics
+    speed = kept.tokens / spent(arms[best])
     yield Result(
-        "adaptive / best static length: geometric mean", geometric_mean(gains), MEAN, setting=setting, note=note
+        f"plain / drafts of {best}, the best fixed length",
+        ratio(arms, best),
+        setting=about,
+        of=f"{speed:,.0f} tokens/s",
+        note=f"{one.name} at temperature {temperature:g}, {domain}: {best} tokens keep "
+        f"{sum(kept.accepted) / max(kept.rounds, 1):.2f} a round, adaptive "
+        f"{sum(moved.accepted) / max(moved.rounds, 1):.2f} of {sum(moved.drafted) / max(moved.rounds, 1):.2f}; kept by "
+        "position " + " ".join(f"{share:.2f}" for share in arms[str(max(map(int, statics(arms))))].acceptance[:SHOWN]),
     )
-    yield Result("adaptive / best static length: least", min(gains), LEAST, setting=setting)
+    if best != "0":
+        reached = spent(arms["0"]) / spent(arms[best])
+        yield share_of_bound("share of the bound reached", reached, bound(kept, int(best), one.costs), about)
+    yield Result("plain / adaptive", ratio(arms, ADAPTIVE), setting=about)
+    yield Result("adaptive / the best fixed length", spent(arms[best]) / spent(arms[ADAPTIVE]), setting=about)
+
+
+def adaptive_against_static(one: Contender, temperature: float) -> Iterator[Result]:
+    """The gain of adapting the length over the best fixed one of each domain."""
+    gains = [spent(arms[best_static(arms)]) / spent(arms[ADAPTIVE]) for arms in one.found.values()]
+    about = setting(one, temperature) | {"texts": len(gains)}
+    yield Result("adaptive / best fixed length: geometric mean", geometric_mean(gains), MEAN, setting=about)
+    yield Result("adaptive / best fixed length: least", min(gains), LEAST, setting=about)
 
 
 def cheap_drafts(one: Contender, count: int, sampling: Sampling) -> Iterator[Result]:
@@ -156,7 +206,7 @@ def cheap_drafts(one: Contender, count: int, sampling: Sampling) -> Iterator[Res
                 f"tokens kept of {drafted}: {name} / all tokens",
                 value / max(kept["all tokens"], 1e-9),
                 of=f"{value:.2f}/{kept['all tokens']:.2f}",
-                setting={"objective": one.name, "run": str(one.trained.path), "temperature": sampling.temperature},
+                setting=setting(one, sampling.temperature) | {"text": "held_out"},
                 note="int8: layers of fewer than half a million weights stay as they are; small models do not change",
             )
 
@@ -172,7 +222,7 @@ def against_rivals(contenders: Sequence[Contender], temperature: float) -> Itera
                 ours[1] / theirs[1],
                 target,
                 of=f"{ours[0]}, {theirs[0]}",
-                setting={"runs": len(contenders), "temperature": temperature},
+                setting={"runs": len(contenders), "temperature": f"{temperature:g}"},
                 note="tokens/s: over all domains, each objective with its best way of drafting",
             )
 

@@ -23,10 +23,24 @@ class RMSNorm(nn.Module):
         wide = u if u.dtype is torch.float64 else u.float()
         gain = self.weight.to(wide.dtype)
         if wide.device.type == "cpu":
-            out: Tensor = _RMSNorm.apply(wide, gain)  # type: ignore[no-untyped-call]
+            # without gradients directly: the call of a function of one's own takes longer than a short norm itself
+            normed = _RMSNorm.apply if torch.is_grad_enabled() else _normed
+            out: Tensor = normed(wide, gain)
         else:
             out = F.rms_norm(wide, gain.shape, gain, EPS)
         return out.to(u.dtype)
+
+
+def _rate(u: Tensor) -> Tensor:
+    """(..., 1) by what the input is multiplied."""
+    length = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+    rate: Tensor = length.square_().div_(u.shape[-1]).add_(EPS).rsqrt_()
+    return rate
+
+
+def _normed(u: Tensor, gain: Tensor) -> Tensor:
+    normed: Tensor = u * _rate(u)
+    return normed.mul_(gain)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -37,16 +51,15 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, gain: Tensor) -> Tensor:
-        flat = u.reshape(-1, u.shape[-1])
-        length = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
-        rate = length.square_().div_(flat.shape[-1]).add_(EPS).rsqrt_()  # (n, 1)
-        ctx.save_for_backward(flat, rate, gain)
-        normed: Tensor = flat * rate
-        return normed.mul_(gain).view_as(u)
+        rate = _rate(u)
+        ctx.save_for_backward(u, rate, gain)
+        normed: Tensor = u * rate
+        return normed.mul_(gain)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        flat, rate, gain = ctx.saved_tensors
+        u, rate, gain = ctx.saved_tensors
+        flat, rate = u.reshape(-1, u.shape[-1]), rate.reshape(-1, 1)
         g = upstream.reshape(flat.shape)
         product = g * flat
         pull = (product @ gain)[:, None] * rate.square() / -flat.shape[-1]
