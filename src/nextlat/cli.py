@@ -30,6 +30,11 @@ Overrides = Annotated[
     typer.Argument(help="key=value pairs, for example objective=gpt seed=3 training.steps=500 objective.horizon=4"),
 ]
 RunsDir = Annotated[Path, typer.Option(help="Folder that holds the run directories.")]
+DraftTokens = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Draft only so many of the most frequent tokens of the training data. Same law."),
+]
+DraftInt8 = Annotated[bool, typer.Option("--draft-int8", help="Draft with large weights in 8 bits. Same law.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; default as configured.")]  # noqa: UP045
 
 
@@ -79,6 +84,8 @@ def evaluate(
     prompt_tokens: Annotated[Optional[int], typer.Option(min=1, help="For speculative; default half a row.")] = None,  # noqa: UP045
     max_new_tokens: Annotated[Optional[int], typer.Option(min=1, help="For speculative; default half a row.")] = None,  # noqa: UP045
     temperature: Annotated[float, typer.Option(min=0, help="For speculative: 0 is greedy.")] = 0.0,
+    draft_tokens: DraftTokens = None,
+    draft_int8: DraftInt8 = False,
 ) -> None:
     """Measure a trained run on held-out data; writes RUN/evaluations/NAME.json.
 
@@ -94,9 +101,10 @@ def evaluate(
 
         evaluate_command(run, others, dynamics, split, checkpoint, device)
     if "speculative" in names:
-        from nextlat.decoding.command import Survey, speculative_command
+        from nextlat.decoding.command import CheapDrafts, Survey, speculative_command
 
-        survey = Survey(domains, prompts, prompt_tokens, max_new_tokens, temperature)
+        cheap = CheapDrafts(draft_tokens, draft_int8)
+        survey = Survey(domains, prompts, prompt_tokens, max_new_tokens, temperature, cheap)
         speculative_command(run, survey, checkpoint, device)
     if "harness" in names:
         from nextlat.hf.command import harness_command
@@ -118,13 +126,16 @@ def generate(
         str,
         typer.Option(help="Draft and verify: a number of tokens, tree, or auto, which times this machine. Same law."),
     ] = "off",
+    draft_tokens: DraftTokens = None,
+    draft_int8: DraftInt8 = False,
     checkpoint: Annotated[str, typer.Option(help="newest or best.")] = "newest",
     device: Device = None,
 ) -> None:
     """Continue a prompt with a trained run; prints what is new."""
-    from nextlat.decoding.command import Request, generate_command
+    from nextlat.decoding.command import CheapDrafts, Request, generate_command
 
-    request = Request(prompt, tokens, max_new_tokens, temperature, top_k, top_p, seed, speculative)
+    cheap = CheapDrafts(draft_tokens, draft_int8)
+    request = Request(prompt, tokens, max_new_tokens, temperature, top_k, top_p, seed, speculative, cheap)
     generate_command(run, request, checkpoint, device)
 
 

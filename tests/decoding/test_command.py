@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from nextlat import tasks
+from nextlat import generate, tasks
 from nextlat.cli import app
+from nextlat.hf.tokenizer import task_tokenizer
+from nextlat.training.trained import load_run
 from tests.hf.models import TextTask, text_config
 from tests.tiny import run_whole, tiny
 
@@ -46,6 +49,44 @@ def test_auto_says_what_drafts_cost_and_what_was_kept(kept: dict[str, Path]) -> 
     assert "23 tokens in" in heard
 
 
+def test_cheap_drafts_do_not_change_what_is_printed_either(kept: dict[str, Path]) -> None:
+    options = ("generate", kept["nextlat"], "--tokens", "1,2,3", "--max-new-tokens", "9")
+    greedy = said(*options)
+    assert said(*options, "--speculative", "3", "--draft-tokens", "4", "--draft-int8") == greedy
+    assert said(*options, "--speculative", "auto", "--draft-tokens", "4") == greedy
+    few = call(*options, "--speculative", "3", "--draft-tokens", "1").stderr
+    assert few != call(*options, "--speculative", "3").stderr  # other drafts, and so other shares of them are kept
+
+
+def test_the_seed_decides_what_is_drawn(kept: dict[str, Path]) -> None:
+    options = ("generate", kept["nextlat"], "--tokens", "1,2", "--temperature", "5")
+    texts = [said(*options, "--seed", str(seed)) for seed in (3, 3, 4, 0)]
+    assert texts[0] == texts[1] != texts[2]
+    assert said(*options) == texts[3]
+    assert said("generate", kept["nextlat"], "--tokens", "1,2", "--seed", "3") == said(
+        "generate", kept["nextlat"], "--tokens", "1,2"
+    )
+
+
+def test_a_text_ends_before_its_end_token_and_is_printed_as_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tasks.TASKS, "text", TextTask)
+    run = run_whole(text_config("training.steps=3"), tmp_path / "runs")
+    trained = load_run(run)
+    tokenizer = task_tokenizer(trained.built.task)
+    assert tokenizer is not None
+    ids = torch.tensor([[tokenizer.end_token, *tokenizer.encode("ab")]])
+    new = generate(trained.built.objective.as_lm(), ids, 20, 3.0, torch.Generator().manual_seed(7))[0].tolist()
+    monkeypatch.setattr(TextTask, "end_token", new[5])
+    end = new.index(new[5])
+    assert end > 0
+    options = ("generate", run, "--prompt", "ab", "--temperature", "3", "--max-new-tokens", "20", "--seed", "7")
+    assert said(*options) == tokenizer.decode(new[:end]) + "\n"
+    assert said(*options, "--speculative", "0") == tokenizer.decode(new[:end]) + "\n"
+    assert "--prompt is empty" in str(call("generate", run, "--prompt", "").exception)
+
+
 def test_truncated_sampling_is_what_it_says(kept: dict[str, Path]) -> None:
     options = ("generate", kept["nextlat"], "--tokens", "1,2", "--max-new-tokens", "12")
     greedy = said(*options)
@@ -53,6 +94,9 @@ def test_truncated_sampling_is_what_it_says(kept: dict[str, Path]) -> None:
     assert said(*options, "--temperature", "1", "--top-p", "1e-9") == greedy
     assert said(*options, "--temperature", "1", "--top-k", "1", "--speculative", "2") == greedy
     assert said(*options, "--temperature", "5") != greedy
+    heard = call(*options, "--top-p", "0.5")
+    assert heard.stdout == greedy
+    assert "--top-k and --top-p change nothing" in heard.stderr
 
 
 @pytest.mark.parametrize(
@@ -65,6 +109,8 @@ def test_truncated_sampling_is_what_it_says(kept: dict[str, Path]) -> None:
         ("nextlat", ("--top-p", "0"), "top_p is 0"),
         ("nextlat", ("--max-new-tokens", "24"), "2 tokens and 24 new ones do not fit a context of 25"),
         ("nextlat", ("--checkpoint", "last"), "choose newest or best"),
+        ("nextlat", ("--draft-int8",), "say how to draft; add --speculative auto"),
+        ("nextlat", ("--speculative", "2", "--draft-tokens", "99"), "a draft vocabulary of 99 tokens is asked for"),
     ],
 )
 def test_what_cannot_be_drafted_is_refused(
@@ -85,6 +131,14 @@ def test_a_survey_of_a_task_without_text(kept: dict[str, Path]) -> None:
         drafted = found[f"held_out.drafted_{way}"]["value"]
         assert 0 <= found[f"held_out.accepted_{way}"]["value"] <= drafted
         assert 1 <= found[f"held_out.tokens_per_round_{way}"]["value"] <= 1 + drafted
+    setting = written["setting"]
+    assert [setting[key] for key in ("temperature", "prompt_tokens", "new_tokens", "prompts")] == [0.0, 21, 4, 3]
+    assert setting["draft_cost"] > 0
+    said("evaluate", kept["nextlat"], "speculative", "--prompts", "1", "--temperature", "0.5", "--draft-tokens", "3")
+    folder = kept["nextlat"] / "evaluations"
+    warm = json.loads((folder / "speculative-temperature-0.5.json").read_text(encoding="utf-8"))
+    assert warm["setting"]["draft_tokens"] == 3
+    assert json.loads((folder / "speculative.json").read_text(encoding="utf-8")) == written
     assert found["held_out.drafted_0"]["value"] == 0
     assert found["held_out.tokens_per_round_0"]["value"] == 1
     assert "no drafter" not in out

@@ -17,7 +17,7 @@ from nextlat.bench.decode import Small, bound, share_of_bound
 from nextlat.bench.results import Result
 from nextlat.decoding.adaptive import CostAware
 from nextlat.decoding.cheap import cheaper, count_targets, frequent_tokens
-from nextlat.decoding.command import load, longest_draft, need_drafter, prepared
+from nextlat.decoding.command import COUNTED_STEPS, load, longest_draft, need_drafter, prepared
 from nextlat.decoding.costs import Costs
 from nextlat.decoding.policies import Policy, Static
 from nextlat.decoding.sampling import Sampling
@@ -41,8 +41,6 @@ CHEAP_LENGTH = 4
 """Drafted tokens where cheap drafts are set beside full ones."""
 SHOWN = 6
 """Positions of a draft whose acceptance is printed."""
-COUNTED_STEPS = 100
-"""Training steps whose tokens are counted for a draft vocabulary."""
 
 Found = dict[str, dict[str, Arm]]
 """Domain -> way of drafting -> what it did."""

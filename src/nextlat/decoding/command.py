@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from nextlat.decoding.costs import Costs
+    from nextlat.decoding.packed import Packed
     from nextlat.decoding.policies import Policy
     from nextlat.decoding.sampling import Sampling
     from nextlat.decoding.tree import Tree
@@ -23,10 +24,25 @@ if TYPE_CHECKING:
 
 OFF, AUTO, TREE = "off", "auto", "tree"
 NEW_TOKENS = 32
+COUNTED_STEPS = 100
+"""Training steps whose tokens are counted for a draft vocabulary."""
 LONGEST = 16
 """Longest draft of the cost-aware policy, where the drafter sets no limit."""
 SHOWN = 5
 """Positions of a draft whose acceptance is printed; the file has all."""
+
+
+class CheapDrafts(NamedTuple):
+    """What drafts are spared; see :mod:`nextlat.decoding.cheap`."""
+
+    tokens: int | None = None
+    """Draft the most frequent tokens of the training data only, so many of them."""
+    int8: bool = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is."""
+        return self.int8 or self.tokens is not None
 
 
 class Request(NamedTuple):
@@ -41,6 +57,7 @@ class Request(NamedTuple):
     top_p: float | None
     seed: int
     speculative: str
+    cheap: CheapDrafts = CheapDrafts()
 
 
 def generate_command(run: Path, request: Request, checkpoint: str, device: str | None) -> None:
@@ -57,6 +74,12 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
 
     if (request.prompt is None) == (request.tokens is None):
         raise NextLatError('give either --prompt "some text" or --tokens 1,2,3')
+    if request.prompt == "":
+        raise NextLatError("--prompt is empty; give some text, or the end token with --tokens, which opens a document")
+    if request.speculative == OFF and request.cheap.asked:
+        raise NextLatError("--draft-tokens and --draft-int8 say how to draft; add --speculative auto, or a number")
+    if request.temperature == 0 and (request.top_k is not None or request.top_p is not None):
+        print("at temperature 0 the most likely token is taken; --top-k and --top-p change nothing", file=sys.stderr)
     trained = load(run, checkpoint, device)
     task = trained.built.task
     tokenizer = task_tokenizer(task)
@@ -67,15 +90,13 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
         raise NextLatError(f"{trained.config.task} has no tokenizer; give token ids with --tokens 1,2,3")
     else:
         ids = [tokenizer.end_token, *tokenizer.encode(request.prompt)]  # the end token opens a document
-    if not ids:
-        raise NextLatError("the prompt is empty; give at least one token")
     count = request.max_new_tokens or max(1, min(NEW_TOKENS, task.sequence_length - len(ids)))
     sampling = Sampling(request.temperature, request.top_k, request.top_p)
     lm: CausalLM = trained.built.objective.as_lm()
     drafter: Drafter | None = None
     policy: Policy | Tree | None = None
     if request.speculative != OFF:
-        drafter = need_drafter(trained)
+        drafter = spared(trained, need_drafter(trained), request.cheap)
     if drafter is not None and request.speculative == AUTO:
         context = len(ids) + count // 2
         lm, costs = prepared(trained, drafter, context, sampling)
@@ -134,6 +155,20 @@ def need_drafter(trained: Trained) -> Drafter:
     return drafter
 
 
+def spared(trained: Trained, drafter: Drafter, cheap: CheapDrafts) -> Drafter:
+    """The drafter, with fewer tokens or bits if asked for."""
+    from nextlat.decoding.cheap import cheaper, count_targets, frequent_tokens
+
+    if not cheap.asked:
+        return drafter
+    task, training = trained.built.task, trained.config.training
+    vocabulary = None
+    if cheap.tokens is not None:
+        counts = count_targets(task, training.batch_size, min(COUNTED_STEPS, training.steps))
+        vocabulary = frequent_tokens(counts, cheap.tokens).to(trained.device)
+    return cheaper(drafter, vocabulary, int8=cheap.int8)
+
+
 def longest_draft(drafter: Drafter) -> int:
     """Longest draft behind the known token that is worth trying."""
     return LONGEST if drafter.max_length is None else min(LONGEST, drafter.max_length - 1)
@@ -147,7 +182,7 @@ def read_length(text: str) -> int:
         raise NextLatError(f"--speculative is {text!r}; choose off, auto, tree, or how many tokens to draft") from None
 
 
-def prepared(trained: Trained, drafter: Drafter, context: int, sampling: Sampling) -> tuple[CausalLM, Costs]:
+def prepared(trained: Trained, drafter: Drafter, context: int, sampling: Sampling) -> tuple[Packed, Costs]:
     """The model with packed weights where they pay, and what drafting and verifying then cost here, for one row."""
     from nextlat.decoding.costs import measure_costs
     from nextlat.decoding.packed import packed
@@ -177,6 +212,7 @@ class Survey(NamedTuple):
     prompt_tokens: int | None
     max_new_tokens: int | None
     temperature: float
+    cheap: CheapDrafts = CheapDrafts()
     lengths: Sequence[int] = (0, 2, 3, 4, 5, 6, 8, 10)
 
 
@@ -200,7 +236,7 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
     from nextlat.training.loop import results
 
     trained = load(run, checkpoint, device)
-    drafter, task = need_drafter(trained), trained.built.task
+    drafter, task = spared(trained, need_drafter(trained), survey.cheap), trained.built.task
     tokenizer = task_tokenizer(task)
     half = task.sequence_length // 2
     answer = task.prompts(task.splits[0]).answers.shape[1] if isinstance(task, Prompted) else half
@@ -244,8 +280,21 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
     folder = run / "evaluations"
     with explained("creating", folder):
         folder.mkdir(exist_ok=True)
-    file = folder / f"speculative{'-best' if checkpoint == 'best' else ''}.json"
-    write_json(file, results(metrics(found, sampling), trained.config, trained.step, commit()))
+    warm = "" if sampling.greedy else f"-temperature-{sampling.temperature:g}"
+    file = folder / f"speculative{warm}{'-best' if checkpoint == 'best' else ''}.json"
+    written = results(metrics(found, sampling), trained.config, trained.step, commit())
+    setting = {
+        "temperature": sampling.temperature,
+        "prompt_tokens": length,
+        "new_tokens": new,
+        "prompts": survey.prompts,
+        "draft_tokens": survey.cheap.tokens,
+        "draft_int8": survey.cheap.int8,
+        "packing": fast.report(),
+        "draft_cost": costs.draft,
+        "verification_cost": {str(k): price for k, price in costs.verify.items()},
+    }
+    write_json(file, written | {"setting": setting})
     print(f"wrote {file}")
 
 
