@@ -141,6 +141,9 @@ def test_a_survey_of_a_task_without_text(kept: dict[str, Path]) -> None:
     assert json.loads((folder / "speculative.json").read_text(encoding="utf-8")) == written
     assert found["held_out.drafted_0"]["value"] == 0
     assert found["held_out.tokens_per_round_0"]["value"] == 1
+    long = ("evaluate", kept["nextlat"], "speculative", "--max-new-tokens")
+    assert "prompts of 21 tokens and 5 new ones do not fit the 25" in str(call(*long, "5").exception)
+    assert "prompts of 12 tokens and 14 new ones do not fit" in str(call(*long, "14").exception)
     assert "no drafter" not in out
     assert "which drafts nothing" in str(call("evaluate", kept["gpt"], "speculative").exception)
     assert "--domains belongs to speculative" in str(call("evaluate", kept["gpt"], "--domains", "code").exception)

@@ -243,13 +243,11 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
     new = survey.max_new_tokens or answer
     names = [name.strip() for name in survey.domains.split(",")] if survey.domains else domain_names(task, tokenizer)
     length = survey.prompt_tokens or half
-    if length + new > task.sequence_length:
-        raise NextLatError(
-            f"prompts of {length} tokens and {new} new ones do not fit the {task.sequence_length} tokens of the rows "
-            f"that {run} was trained on; lower --prompt-tokens or --max-new-tokens"
-        )
     fetched = run.parent.parent / "data" / "domains"
+    check_room(run, task.sequence_length, length, new)
     prompts = {name: domain_prompts(name, task, tokenizer, survey.prompts, length, fetched) for name in names}
+    length = max(len(prompt) for made in prompts.values() for prompt in made)  # a task's own are as long as they are
+    check_room(run, task.sequence_length, length, new)
     longest = longest_draft(drafter)
     sampling = Sampling(survey.temperature)
     fast, costs = prepared(trained, drafter, length + new // 2, sampling)
@@ -296,6 +294,15 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
     }
     write_json(file, written | {"setting": setting})
     print(f"wrote {file}")
+
+
+def check_room(run: Path, room: int, prompt: int, new: int) -> None:
+    """Refuse texts that are longer than the rows that a run was trained on."""
+    if prompt + new > room:
+        raise NextLatError(
+            f"prompts of {prompt} tokens and {new} new ones do not fit the {room} tokens of the rows that {run} was "
+            "trained on; lower --prompt-tokens or --max-new-tokens"
+        )
 
 
 def domain_table(title: str, arms: Mapping[str, Arm]) -> Table:
