@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from nextlat.batch import Batch
 from nextlat.config import load_config
+from nextlat.decoding import Static, generate
+from nextlat.decoding.graphs import Graphed, roll
 from nextlat.model.attention import (
     Layout,
     attend,
@@ -28,7 +32,9 @@ from nextlat.model.attention import (
     implementation,
     run_index,
 )
+from nextlat.model.trunk import Transformer
 from nextlat.objectives import OBJECTIVES, total_loss
+from nextlat.objectives.nextlat import NextLat
 from nextlat.training.build import build
 from nextlat.training.optimizers import make_optimizer
 
@@ -181,6 +187,43 @@ def objectives_agree_and_train() -> bool:
     return worst <= TOLERANCE
 
 
+@torch.inference_mode()
+def drafts_are_right(length: int = 5, rows: int = 1) -> bool:
+    """Rollouts as graphs against single steps, and decoding with either against plain cached decoding."""
+    trunk = Transformer(50_257, 12, 12, 768, generator=torch.Generator().manual_seed(0))
+    objective = NextLat(trunk, dynamics=768).cuda().eval()
+    lm, drafter = objective.as_lm(), objective.drafter()
+    graphed, g = Graphed(drafter), torch.Generator("cuda").manual_seed(0)
+    right = True
+    for _ in range(3):
+        state = torch.randn(rows, 768, device="cuda", generator=g)
+        token = torch.randint(50_257, (rows,), device="cuda", generator=g)
+        right &= torch.equal(graphed.rollout(state, token, length), roll(drafter, state, token, length))
+    arms = {"steps": partial(roll, drafter), "graph": graphed.rollout}
+    spent = {}
+    for _ in range(2):  # the first time warms up
+        for name, arm in arms.items():
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(50):
+                arm(state, token, length)
+            torch.cuda.synchronize()
+            spent[name] = (time.perf_counter() - began) / 50 * 1e3
+    print(f"a rollout of {length}:", ", ".join(f"{name} {ms:.2f} ms" for name, ms in spent.items()), f"same: {right}")
+    prompts = torch.zeros(rows, 64, dtype=torch.int64, device="cuda")
+    ways = {"plain": None, "steps": drafter, "graph": graphed}
+    for _ in range(2):
+        for name, way in ways.items():
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            text = generate(lm, prompts, 128, drafter=way, policy=Static(length) if way else None)
+            torch.cuda.synchronize()
+            spent[name] = 128 / (time.perf_counter() - began)
+            unlike = int((text != generate(lm, prompts, 128)).sum())
+            print(f"{name:6} {spent[name]:.0f} tokens/s (random weights), {unlike} tokens unlike plain decoding")
+    return right
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA GPU is visible to torch")
@@ -190,6 +233,7 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     right = attention_is_right()
     attention_times()
+    right &= drafts_are_right()
     return int(not (objectives_agree_and_train() and right))
 
 

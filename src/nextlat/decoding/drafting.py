@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nextlat.decoding.policies import Policy
+from nextlat.decoding.policies import Policy, Static
 from nextlat.decoding.sampling import Sampling, draw
 from nextlat.model.interfaces import Drafter
 
@@ -88,6 +88,9 @@ def draft(
     tokens, laws, lengths = [], [], torch.zeros_like(room)
     vocabulary = drafter.vocabulary
     longest = int(room.max())
+    rollout = getattr(drafter, "rollout", None)
+    if rollout is not None and sampling.greedy and type(policy) is Static and longest:  # nothing to decide on the way
+        return Drafts(rollout(state, token, longest), torch.empty(0, device=room.device), room)
     going = room > 0
     for position in range(1, longest + 1):
         state, logits = drafter.step(state, token)
