@@ -250,9 +250,11 @@ def test_a_forecast_learns_chances_and_how_long_passages_last() -> None:
     assert forecast.ahead[1][CUT] == pytest.approx(0.65, abs=0.03)
 
 
-def test_a_forecast_without_a_look_at_anything_believes_the_guess() -> None:
-    chance = Forecast(4, trust=10, memory=100).chance
-    assert chance == pytest.approx(CENTRES, abs=0.01)
+def test_a_forecast_without_a_look_at_anything_is_what_it_is_told_to_expect() -> None:
+    believed = Forecast(4, trust=10, memory=100, mean=0.6, slope=1.0).chance
+    assert believed == pytest.approx(CENTRES, abs=0.01)
+    doubted = Forecast(4, trust=10, memory=100).chance
+    assert doubted == pytest.approx([0.7 + 0.3 * (centre - 0.6) for centre in CENTRES], abs=0.01)
     assert [bin_of(centre) for centre in CENTRES] == list(range(BINS))
 
 
@@ -274,7 +276,7 @@ SAMPLINGS = {"temperature 1": Sampling(1.0), "top 2": Sampling(2.0, top_k=2), "g
 @pytest.mark.parametrize("explores", [0, 12])
 def test_a_round_puts_out_the_models_own_law(judge: str, sampling: str, explores: int) -> None:
     # what was learned before the round does not change in it; decisions follow from the drafted tokens alone
-    policy = CostAware(Costs(0.3, PACKED), 3)
+    policy = CostAware(Costs(0.45, PACKED), 3)
     policy._budget = float(explores)
     world = World(3, 4, seed=0, closeness=0.3)
     found = {policy.decide(1, [guess]) for guess in CENTRES}

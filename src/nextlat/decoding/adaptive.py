@@ -27,8 +27,10 @@ whole, or was not, or there was none, or none for as long as :data:`LONG_AGO`.""
 STATES = BINS + 4
 LONG_AGO = 8
 """Rounds without drafts after which the text may have become another."""
-SHRINK = 16.0
+SHRINK = 64.0
 """How many observations a bin needs to count as much as the line through all bins, and a position as the one before."""
+GUESS, SPREAD = 0.6, 0.05
+"""Mean and variance of the guesses that are expected before any was seen."""
 
 
 def by_probability(drafted: Drafted) -> Tensor:
@@ -52,13 +54,15 @@ class Forecast:
 
     Args:
         longest: draft that is looked ahead to.
-        trust: how many observations the guess itself counts for.
+        trust: how many observations count as much as what is expected at first.
         memory: rounds after which a count has faded to 1/e.
+        mean: share of tokens that is expected to be kept at first.
+        slope: by how much more per guess; 1 believes the guess.
     """
 
-    def __init__(self, longest: int, trust: float, memory: float) -> None:
+    def __init__(self, longest: int, trust: float, memory: float, mean: float = 0.7, slope: float = 0.3) -> None:
         self.longest, self.memory = longest, memory
-        self.trust = trust
+        self.trust, self.mean, self.slope = trust, mean, slope
         self._turns, self._kept = [0.0] * BINS, [0.0] * BINS
         # before anything is known, the next token is half as surely like this one as like any
         self._follows = [[4.0 / BINS * (1 + (b == a)) for b in range(BINS)] for a in range(BINS)]
@@ -114,13 +118,13 @@ class Forecast:
             self.scale.append(self.scale[-1] * scale)
 
     def _chances(self) -> list[float]:
-        # as if `trust` tokens had been seen whose guesses, of mean 0.6 and variance 0.05, were right
+        # as if `trust` tokens had been seen that were kept as expected
         n, trust = sum(self._turns), self.trust
-        guess = (sum(t * c for t, c in zip(self._turns, CENTRES, strict=True)) + trust * 0.6) / (n + trust)
-        mean = (sum(self._kept) + trust * 0.6) / (n + trust)
+        guess = (sum(t * c for t, c in zip(self._turns, CENTRES, strict=True)) + trust * GUESS) / (n + trust)
+        mean = (sum(self._kept) + trust * self.mean) / (n + trust)
         spread = sum(t * (c - guess) ** 2 for t, c in zip(self._turns, CENTRES, strict=True))
         together = sum((k - t * mean) * (c - guess) for k, t, c in zip(self._kept, self._turns, CENTRES, strict=True))
-        slope = min(max((together + trust * 0.05) / (spread + trust * 0.05), 0.0), 1.5)
+        slope = min(max((together + trust * SPREAD * self.slope) / (spread + trust * SPREAD), 0.0), 1.5)
         line = [min(max(mean + slope * (c - guess), 0.01), 0.995) for c in CENTRES]
         kept = [k + SHRINK * share for k, share in zip(self._kept, line, strict=True)]
         return pooled(kept, [t + SHRINK for t in self._turns])
@@ -153,7 +157,7 @@ class CostAware(Static):
     Rows of a batch share one decision: a call costs what its longest draft costs, and a draft step runs for all rows
     anyway, so that a row that went on alone would make all others pay. What the rows promise is added up.
 
-    Where drafts do not seem to pay, or not beyond one token, two are tried now and then: for as much time as 12 plain
+    Where drafts do not seem to pay, or not beyond one token, two are tried now and then: for as much time as 8 plain
     steps at the beginning, and 0.4 % of the time after that.
 
     Decisions depend on tokens that have been drafted, all of which are verified, and on rounds that are over, so what
@@ -162,15 +166,16 @@ class CostAware(Static):
     Args:
         costs: of drafting and verifying, for as many rows as are decoded.
         max_length: no draft gets longer.
-        estimator: guesses chances; ``None`` takes the drafter's own probabilities.
-        trust: how many observations the guess counts for; default 10, with an estimator 200.
+        estimator: guesses chances, and is believed until the run says otherwise; ``None`` takes the drafter's own
+            probabilities, of which less is expected.
+        trust: how many observations what is expected counts for; default 10, with an estimator 200.
         memory: rounds after which an observation has faded to 1/e.
 
     Raises:
         NextLatError: numbers out of range.
     """
 
-    EXPLORE_AT_FIRST = 12.0
+    EXPLORE_AT_FIRST = 8.0
     EXPLORE = 0.004
 
     def __init__(
@@ -187,7 +192,7 @@ class CostAware(Static):
             raise NextLatError(f"trust is {trust} and memory {memory}; trust must be above 0 and memory above 1")
         self.costs = costs
         self.estimator = estimator or by_probability
-        self.forecast = Forecast(max_length, trust, memory)
+        self.forecast = Forecast(max_length, trust, memory, *((GUESS, 1.0) if estimator else ()))
         self._round = [costs.round(length) for length in range(max_length + 1)]
         self._fade = 1 - 1 / memory
         # as if a few plain steps had been made
