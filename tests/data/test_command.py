@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ import pytest
 
 from nextlat.cli import main
 from nextlat.config import load_config
+from nextlat.data import command
 from nextlat.data.rows import TokenRows
 from nextlat.data.shards import ShardedTokens
+from nextlat.data.text import sample
 from nextlat.files import locked
 from nextlat.training.build import build
 from tests.data.test_download import Server, listing
@@ -54,15 +57,15 @@ def texts(shards: ShardedTokens, split: str) -> list[str]:
 
 def test_lines_become_shards_that_train(data: Data, tmp_path: Path) -> None:
     Path("stories.txt").write_text("\n".join(TEXTS))
-    said = data("text", "stories.txt", "--per-line", "--tokenizer", "train:120", "--workers", "1")
+    said = data("text", "stories.txt", "--per-line", "--tokenizer", "train:280", "--workers", "1")
     assert said.code == 0, said.err
     shards = ShardedTokens.open(tmp_path / "data/text", verify=True)
     assert sorted(texts(shards, "train") + texts(shards, "validation")) == sorted(TEXTS)
-    assert shards.vocab_size == 120 and shards.documents("validation") > 0
+    assert shards.vocab_size == 280 and shards.documents("validation") > 0
     batch = TokenRows(shards, "train", 32, 0).batch(0, 4)
-    assert batch.tokens.shape == (4, 32) and int(batch.tokens.max()) < 120
+    assert batch.tokens.shape == (4, 32) and int(batch.tokens.max()) < 280
     assert (
-        "there already" in data("text", "stories.txt", "--per-line", "--tokenizer", "train:120", "--workers", "1").out
+        "there already" in data("text", "stories.txt", "--per-line", "--tokenizer", "train:280", "--workers", "1").out
     )
 
 
@@ -106,14 +109,14 @@ def test_other_settings_in_the_same_folder_are_refused(data: Data) -> None:
 def test_another_tokenizer_in_the_same_folder_is_refused_and_a_damaged_one_made_again(data: Data) -> None:
     Path("a.txt").write_text("\n".join(TEXTS))
     make = ("text", "a.txt", "--per-line", "--workers", "1", "--tokenizer")
-    assert data(*make, "train:120").code == 0
-    said = data(*make, "train:110")
-    assert said.code == 1 and "tokenizer was 'train:120' and is now 'train:110'" in said.err
+    assert data(*make, "train:300").code == 0
+    said = data(*make, "train:290")
+    assert said.code == 1 and "tokenizer was 'train:300' and is now 'train:290'" in said.err
     file = Path("data/text/tokenizer.json")
     good = file.read_text()
     file.write_text(good.replace("merges", "Merges"))
     assert data("check", "data/text").code == 1
-    said = data(*make, "train:120")
+    said = data(*make, "train:300")
     assert said.code == 0 and "everything is there already" in said.out, said.err
     assert file.read_text() == good
 
@@ -124,6 +127,48 @@ def test_a_corpus_needs_no_network(data: Data, monkeypatch: pytest.MonkeyPatch) 
     assert said.code == 0, said.err
     shards = ShardedTokens.open("data/pydoc")
     assert shards.tokens("train") > 3 * shards.tokens("validation") > 0
+
+
+def test_text_that_changed_is_not_taken_for_the_old_wherever_it_lies(data: Data) -> None:
+    Path("here").mkdir()
+    Path("here/a.txt").write_text("\n".join(TEXTS))
+    make = ("--per-line", "--tokenizer", "bytes", "--workers", "1", "--out", "d")
+    assert data("text", "here", *make).code == 0
+    Path("here").rename("there")
+    assert "everything is there already" in data("text", "there", *make).out
+    Path("there/a.txt").write_text("\n".join(TEXTS).replace("duck", "goat"))  # as long as before
+    said = data("text", "there", *make)
+    assert said.code == 1 and "d was made with other settings: " in said.err and "listing" in said.err
+
+
+def test_half_characters_and_columns_of_numbers_are_named(data: Data) -> None:
+    Path("a.jsonl").write_text('{"text": "fine"}\n{"text": "half \\ud83d"}\n')
+    said = data("text", "a.jsonl", "--tokenizer", "bytes", "--workers", "1")
+    assert said.code == 1 and "a.jsonl, line 2: 'text' holds half a character" in said.err
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": TEXTS[:3], "id": [1, 2, 3]}), "b.parquet")
+    said = data("text", "b.parquet", "--column", "id", "--tokenizer", "bytes", "--workers", "1")
+    assert said.code == 1 and "b.parquet: column 'id' is int64, not text; name its --column" in said.err
+
+
+def test_damage_in_compressed_text_is_named(data: Data) -> None:
+    packed = gzip.compress("\n".join(TEXTS).encode(), mtime=0)
+    for place in range(20, len(packed), len(packed) // 40):
+        Path("a.txt.gz").write_bytes(packed[:place] + bytes([packed[place] ^ 1]) + packed[place + 1 :])
+        said = data("text", "a.txt.gz", "--tokenizer", "bytes", "--workers", "1", "--out", f"d{place}")
+        assert said.code == 1 and ("a.txt.gz cannot be read: " in said.err or "is not utf-8 text" in said.err), said
+
+
+def test_text_outside_ascii_behind_the_sample_is_not_dropped_either(
+    data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("a.txt").write_text("\n".join([*TEXTS, "Привет мир"]), encoding="utf-8")
+    monkeypatch.setattr(command, "sample", lambda pairs, characters: sample(pairs, 2000))
+    said = data(
+        "text", "a.txt", "--per-line", "--tokenizer", "train:300", "--workers", "1", "--validation-fraction", "0"
+    )
+    assert said.code == 0, said.err
+    assert texts(ShardedTokens.open("data/text"), "train")[-1] == "Привет мир"
 
 
 def test_text_outside_ascii_is_not_dropped_by_a_trained_tokenizer(data: Data) -> None:
@@ -153,7 +198,7 @@ def test_tiny_stories_come_from_the_hub_in_their_own_splits(data: Data, hub: Ser
     listing(hub, "cyrilzhang/TinyStories2-ascii", "", names)
     said = data("tiny_stories", "--dry-run")
     assert said.code == 0 and hub.url in said.out and "2 files" in said.out and not Path("data").exists()
-    said = data("tiny_stories", "--tokenizer", "train:120", "--workers", "1")
+    said = data("tiny_stories", "--tokenizer", "train:300", "--workers", "1")
     assert said.code == 0, said.err
     shards = ShardedTokens.open("data/tiny_stories", verify=True)
     assert texts(shards, "train") == TEXTS[:250] and texts(shards, "validation") == TEXTS[250:]

@@ -162,6 +162,50 @@ def test_a_file_that_was_damaged_after_it_came_is_named_and_not_used(server: Ser
     assert server.requests == []
 
 
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_server_is_asked_again_and_named_when_it_stays_busy(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            server.status.clear()
+
+    monkeypatch.setattr(module.time, "sleep", wait)
+    server.status["/file"] = status
+    assert download(remote(server), tmp_path / "file").read_bytes() == DATA
+    server.status["/other"] = status
+    with pytest.raises(NextLatError, match=rf"other was refused: .*HTTP {status}"):
+        download(RemoteFile("other", f"{server.url}/other"), tmp_path / "other")
+    assert sum(path == "/other" for path, _ in server.requests) == module.ATTEMPTS
+
+
+def test_a_disk_that_is_full_at_the_end_is_no_interruption(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: Callable[..., Any] = Path.open
+
+    class Full(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def open_full(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if path.suffix == ".part" and mode != "rb":
+            path.touch()
+            return io.BufferedWriter(Full(), 10**6)  # all of the file waits to be written until it is closed
+        return opened(path, mode, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", open_full)
+    with pytest.raises(NextLatError, match=r"disk is full while downloading .*file\.part"):
+        download(remote(server), tmp_path / "file")
+    assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize(("status", "advice"), [(401, "set HF_TOKEN"), (403, "accept its terms"), (404, "revision")])
 def test_refusals_say_what_to_do(server: Server, tmp_path: Path, status: int, advice: str) -> None:
     server.status["/file"] = status

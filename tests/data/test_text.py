@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -69,6 +72,41 @@ def test_parquet_is_read_by_column(tmp_path: Path) -> None:
     bad = as_file(tmp_path, "bad.parquet", "no parquet")
     with pytest.raises(NextLatError, match=r"bad\.parquet cannot be read as parquet"):
         list(read_documents([bad]))
+
+
+ENDLESS = """
+import itertools, pathlib, sys
+from nextlat.data import text
+from nextlat.data.tokenizer import byte_tokenizer
+
+if __name__ == "__main__":
+    batches = ([text.Document("train", "word " * 1000, False)] for _ in itertools.count())
+    for done, _ in enumerate(text._encoded(batches, byte_tokenizer(), "<u2", 2)):
+        if done == 4:
+            print("working", flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found in /proc")
+def test_processes_that_tokenise_end_with_the_one_that_is_killed(tmp_path: Path) -> None:
+    script = as_file(tmp_path, "endless.py", ENDLESS)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "working\n"
+        children = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+        assert len(children) >= 2
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while any(alive(pid) for pid in children):
+        assert time.monotonic() < deadline, "processes are left behind"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:

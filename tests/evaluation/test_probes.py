@@ -15,10 +15,12 @@ from torch import Tensor
 from nextlat.batch import IGNORE, Batch
 from nextlat.config import ProbeOptions
 from nextlat.errors import NextLatError
-from nextlat.evaluation.decodability import ridge_classifier
+from nextlat.evaluation import ngrams
+from nextlat.evaluation.decodability import decodability, ridge_classifier
 from nextlat.evaluation.ngrams import Skipgrams
 from nextlat.evaluation.probes import exact, fit, gradient, negative_log_likelihood, pairs, probes
 from nextlat.statistics import Metric
+from nextlat.tasks.base import Passages
 from tests.evaluation.models import subject
 from tests.evaluation.texts import States, Stream, constant, last_token, window
 
@@ -202,6 +204,67 @@ def test_skipgrams_are_witten_and_bells() -> None:
             assert sum(wanted) == pytest.approx(1)
             found = table.bigram(offset, torch.full((4,), x), torch.arange(4)).neg().exp()
             assert found.tolist() == pytest.approx(wanted)
+
+
+def test_skipgrams_count_the_same_however_often_they_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = random_stream(900)
+    whole = Batch(stream[None, :-1], stream[None, 1:])
+    parts = [Batch(whole.tokens[:, i : i + 90], whole.targets[:, i : i + 90]) for i in range(0, 890, 90)]
+
+    def counted() -> Tensor:
+        table = Skipgrams(5, 2)
+        for part in parts:
+            table.add(part, [pairs(part, offset, "document") for offset in (1, 2)])
+        x, y = torch.cartesian_prod(torch.arange(5), torch.arange(5)).unbind(1)
+        return torch.stack([table.bigram(offset, x, y) for offset in (1, 2)])
+
+    at_once = counted()
+    monkeypatch.setattr(ngrams, "WAITING", 100)
+    assert torch.equal(counted(), at_once)
+    monkeypatch.setattr(ngrams, "MOST_PAIRS", 3)  # full after the first hundred
+    assert not torch.equal(counted(), at_once)
+
+
+def test_facts_are_read_where_they_are_told_by_a_classifier_of_the_training_texts() -> None:
+    class Told(Stream):
+        """A fact of three values, told by the third token of every row; the split's rows are numbered apart."""
+
+        def __init__(self) -> None:
+            super().__init__(random_stream(600), 20, 5)
+            self.slots, self.facts, self.asked_for = ("before", "after", "beyond"), {"colour": 3}, []
+
+        def passages(self, split: str, count: int) -> Passages:
+            self.asked_for.append((split, count))
+            n = min(count, 300)
+            g = torch.Generator().manual_seed(len(split))
+            tokens = torch.randint(3, (n, 6), generator=g)
+            batch = Batch(tokens, tokens, torch.zeros_like(tokens))
+            ends = torch.tensor([1, 4, -1]).repeat(n, 1)
+            return Passages(batch, torch.zeros_like(tokens), ends, tokens[:, 2:3].clone(), torch.zeros(n, 1))
+
+    def remembers(tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        told = F.one_hot(tokens[:, 2], 3).float()[:, None].expand(-1, tokens.shape[1], -1).clone()
+        told[:, :2] = 0.5
+        return told
+
+    task = Told()
+    found = decodability(subject(task, States(remembers, 5), split="validation"), task)
+    assert set(found) == {"probe_fact_colour_before", "probe_fact_colour_after"}
+    assert value(found, "probe_fact_colour_after") == 1.0
+    assert value(found, "probe_fact_colour_before") == pytest.approx(1 / 3, abs=0.1)
+    assert found["probe_fact_colour_after"].chance == pytest.approx(1 / 3)
+    assert task.asked_for == [("train", 4000), ("validation", 1000)]
+    swapped = Told()
+    half = torch.arange(300) % 2 == 0
+
+    def shifted(split: str, count: int) -> Passages:
+        made = Told.passages(task, split, count)
+        facts = (made.facts + (1 if split == "train" else 0) * half[: len(made.facts), None]) % 3
+        return made._replace(facts=facts)
+
+    swapped.passages = shifted  # type: ignore[method-assign]
+    found = decodability(subject(swapped, States(remembers, 5), split="validation"), swapped)
+    assert value(found, "probe_fact_colour_after") != pytest.approx(1.0)  # what was learned is not what is asked
 
 
 def test_probing_changes_no_weight_and_reaches_no_gradient() -> None:

@@ -92,6 +92,26 @@ def test_the_table_has_means_with_the_difference_to_gpt(nine_runs: list[Path]) -
     assert rows["unigram"][1] == "4.750"
 
 
+def test_the_legend_shows_the_dashes_of_the_lines(tmp_path: Path) -> None:
+    """Also where a second row of panels has other settings first."""
+    runs = [
+        with_probes(tmp_path, "gpt", 0, ("probe", "probe_row")),
+        with_probes(tmp_path, "nextlat", 0, ("probe",)),
+        with_probes(
+            tmp_path / "wide", "nextlat", 0, ("probe", "probe_row"), overrides={"objectives.nextlat.horizon": 4}
+        ),
+    ]
+    figure = probes_figure(load_runs(runs))
+    assert figure is not None
+    legend = {line.get_label(): line for line in figure.legends[0].get_lines()}
+    drawn = [line for axes in figure.axes for line in axes.lines if line.get_gid() in legend]
+    assert len({line.get_gid() for line in drawn}) == 3 and len(drawn) > 6
+    for line in drawn:
+        handle = legend[line.get_gid()]
+        assert (line.get_linestyle(), line.get_color()) == (handle.get_linestyle(), handle.get_color())
+    assert len({(line.get_linestyle(), line.get_color()) for line in drawn}) == 3
+
+
 def test_both_kinds_of_pairs_have_their_own_panels_and_rows(tmp_path: Path) -> None:
     runs = load_runs([with_probes(tmp_path, objective, 1, ("probe", "probe_row")) for objective in ("gpt", "nextlat")])
     figure, grid = probes_figure(runs), probes_grid(runs)

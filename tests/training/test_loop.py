@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ from nextlat.batch import Batch
 from nextlat.config import Config, TrainingConfig
 from nextlat.errors import NextLatError
 from nextlat.objectives import GPT, Objective, Term
+from nextlat.training import loop
 from nextlat.training.build import build
 from nextlat.training.checkpoint import list_checkpoints, load_state, newest, verify
 from nextlat.training.loop import add_counts, micro_batches, summarize, train
@@ -530,6 +532,23 @@ def test_a_deterministic_run_says_so_to_torch(runs: Path) -> None:
     look(tiny("gpt"), "usual")
     look(tiny("gpt", "training.deterministic=true"), "deterministic")
     assert asked == [False, True]
+
+
+def test_bf16_rounds_the_forward_pass_a_little(runs: Path) -> None:
+    losses = []
+    for precision in ("fp32", "bf16"):
+        path = run_whole(tiny("nextlat", f"training.precision={precision}", "training.steps=1", name=precision), runs)
+        losses.append([float(metrics(path)[0][name]) for name in ("ce", "latent_1", "kl_1")])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_tokens_a_second_count_all_passes_of_a_step(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(ticks)))
+    path = run_whole(tiny("gpt", "training.accumulation=2", "training.steps=2"), runs)
+    for row in metrics(path, timings=True):
+        assert float(row["tokens_per_second"]) == 8 * 25  # batch 8, 25 tokens a row, one tick
 
 
 def test_bf16_runs_and_keeps_fp32_weights(runs: Path) -> None:

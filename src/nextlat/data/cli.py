@@ -78,11 +78,13 @@ def corpus(
     max_tokens: MaxTokens = None,
     shard_tokens: ShardTokens = 100_000_000,
     workers: Workers = None,
+    end_token: EndToken = None,
 ) -> None:
     """Tokenise text that is on this machine; nothing is fetched."""
     from nextlat.data.command import Making, corpus_command
 
-    making = Making(out or Path("data") / name, tokenizer, _workers(workers), shard_tokens, max_tokens)
+    folder = out or Path("data") / name
+    making = Making(folder, tokenizer, _workers(workers), shard_tokens, max_tokens, end_token=end_token)
     corpus_command(name, making, validation_fraction)
 
 
@@ -93,13 +95,17 @@ def tiny_stories(
     max_tokens: MaxTokens = None,
     shard_tokens: ShardTokens = 100_000_000,
     workers: Workers = None,
+    end_token: EndToken = None,
     revision: Revision = "main",
     dry_run: DryRun = False,
 ) -> None:
     """Fetch and tokenise TinyStories (GPT-4 stories in ASCII) in its own splits."""
     from nextlat.data.command import Making, tiny_stories_command
 
-    making = Making(out or Path("data/tiny_stories"), tokenizer, _workers(workers), shard_tokens, max_tokens)
+    folder = out or Path("data/tiny_stories")
+    making = Making(
+        folder, tokenizer, _workers(workers), shard_tokens, max_tokens, end_token=end_token, alphabet="ascii"
+    )
     tiny_stories_command(making, revision, dry_run)
 
 
@@ -113,6 +119,7 @@ def fineweb_edu(
     max_tokens: MaxTokens = None,
     shard_tokens: ShardTokens = 100_000_000,
     workers: Workers = None,
+    end_token: EndToken = None,
     revision: Revision = "main",
     dry_run: DryRun = False,
 ) -> None:
@@ -121,7 +128,8 @@ def fineweb_edu(
 
     if subset not in ("sample-10BT", "sample-100BT"):
         raise NextLatError(f"--subset is {subset!r}; choose sample-10BT or sample-100BT")
-    making = Making(out or Path("data/fineweb_edu"), tokenizer, _workers(workers), shard_tokens, max_tokens)
+    folder = out or Path("data/fineweb_edu")
+    making = Making(folder, tokenizer, _workers(workers), shard_tokens, max_tokens, end_token=end_token)
     fineweb_command(making, subset, revision, dry_run)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -21,7 +21,7 @@ from nextlat.data.text import FIRST_SHARD, Reading, find_files, hold_out, read_d
 from nextlat.data.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
 from nextlat.data.writer import ShardWriter
 from nextlat.errors import NextLatError
-from nextlat.files import locked
+from nextlat.files import explained, locked
 
 Pairs = Callable[[], Iterable[tuple[str, str]]]
 """Begins the documents, with their splits, from the start."""
@@ -46,17 +46,30 @@ class Making(NamedTuple):
     max_tokens: int | None = None
     train_characters: int = 10_000_000
     end_token: str | None = None
+    alphabet: Literal["ascii", "bytes"] = "bytes"
+    """Of a tokenizer that is trained; ``ascii`` for data that is nothing else, because it drops the rest."""
 
 
 def text_command(sources: Sequence[Path], making: Making, reading: Reading, validation: float | None) -> None:
     """Local files into shards; ``validation`` is the part held out, ``None`` the first shard."""
     files = find_files(sources, making.out)
-    listing = hashlib.sha256(repr([(str(path), path.stat().st_size) for path in files]).encode()).hexdigest()
     size = sum(path.stat().st_size for path in files)
     print(f"{len(files):,} file{'' if len(files) == 1 else 's'}, {size / 1e6:,.1f} MB")
+    listing = _contents(files, size)
     source = {"kind": "text", "files": len(files), "bytes": size, "listing": listing, **reading._asdict()}
     packed = any(path.suffix in (".gz", ".parquet") for path in files)
     _make_held_out(lambda: read_documents(files, reading), validation, making, source, None if packed else size)
+
+
+def _contents(files: Sequence[Path], size: int) -> str:
+    """A hash of what is in files, in their order: other text is never mixed into a folder, wherever it lies."""
+    all_of_them = hashlib.sha256()
+    with _bar("reading", size) as (progress, task):
+        for path in files:
+            with explained("reading", path), path.open("rb") as file:
+                all_of_them.update(hashlib.file_digest(file, "sha256").digest())
+            progress.update(task, advance=path.stat().st_size)
+    return all_of_them.hexdigest()
 
 
 def corpus_command(name: str, making: Making, validation: float | None) -> None:
@@ -182,9 +195,11 @@ def find_tokenizer(making: Making, pairs: Pairs) -> Tokenizer:
         if found == read_manifest(manifest).tokenizer_sha256:
             return load_tokenizer(kept)
     texts = sample(pairs(), making.train_characters)
-    alphabet = "ascii" if all(text.isascii() for text in texts) else "bytes"
     print(f"training a tokenizer of {int(value):,} tokens on {sum(map(len, texts)):,} characters", flush=True)
-    return train_bpe(texts, int(value), "ascii" if alphabet == "ascii" else "bytes")
+    made = train_bpe(texts, int(value), making.alphabet)
+    if made.vocab_size < int(value):
+        print(f"only {made.vocab_size:,} tokens could be learned from so little text", flush=True)
+    return made
 
 
 def _make_held_out(

@@ -26,6 +26,10 @@ TIMEOUT = 30.0
 ATTEMPTS = 5
 """How often a connection that breaks is opened again, each time where the last one stopped."""
 
+BUSY = (429, 500, 502, 503, 504)
+"""Answers that another attempt may better."""
+LONGEST_PAUSE = 60.0
+
 Progress = Callable[[int, int | None], None]
 """Is told the bytes that are there, and those of the whole file if they are known."""
 
@@ -107,6 +111,9 @@ def download(file: RemoteFile, path: Path, command: str = "", progress: Progress
         try:
             total = _fetch(file, part, progress)
         except urllib.error.HTTPError as error:
+            if error.code in BUSY and attempt + 1 < ATTEMPTS:
+                time.sleep(_asked_pause(error))
+                continue
             raise NextLatError(f"{path.name} was refused: {file.url}: {_refusal(error.code)}{again}") from error
         except (http.client.HTTPException, OSError) as error:
             if isinstance(error, urllib.error.URLError) and not have:
@@ -156,7 +163,7 @@ def _fetch(file: RemoteFile, part: Path, progress: Progress | None) -> int | Non
         total = have + int(length) if length is not None else file.size
         with explained("downloading", part):
             out = part.open("ab" if resumed else "wb")
-        with out:
+        try:
             if answer.headers.get("ETag", "W/").startswith("W/"):
                 _tag(part).unlink(missing_ok=True)
             else:
@@ -170,6 +177,9 @@ def _fetch(file: RemoteFile, part: Path, progress: Progress | None) -> int | Non
             with explained("downloading", part):
                 out.flush()
                 os.fsync(out.fileno())
+        finally:
+            with explained("downloading", part):  # closing writes what is left, and a full disk is no interruption
+                out.close()
     return total
 
 
@@ -204,6 +214,12 @@ def _reach(where: str) -> None:
         return
     except (http.client.HTTPException, OSError) as error:
         raise NextLatError(f"{where} cannot be listed: no connection ({error})") from error
+
+
+def _asked_pause(error: urllib.error.HTTPError) -> float:
+    """Seconds that the server asks to wait for beyond the usual pause."""
+    asked = error.headers.get("Retry-After", "0")
+    return min(float(asked), LONGEST_PAUSE) if asked.isdecimal() else 0.0
 
 
 def _refusal(status: int) -> str:

@@ -9,12 +9,15 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from itertools import chain
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -33,6 +36,7 @@ BATCH_CHARACTERS = 1 << 19
 """What a process gets at a time; fixed, so that the result does not depend on the number of processes."""
 PIECE_CHARACTERS = 1 << 18
 """Longer documents are tokenised in pieces."""
+SURROGATE = re.compile("[\ud800-\udfff]")
 WORD = re.compile(r"(?<=\S) (?=\S)")
 READ_CHARACTERS = 1 << 20
 LONGEST_SEPARATOR = 1024
@@ -109,7 +113,7 @@ def _opened(path: Path, encoding: str) -> Iterator[IO[str]]:
             yield file
     except (UnicodeDecodeError, LookupError) as error:
         raise NextLatError(f"{path} is not {encoding} text ({error}); name its --encoding, or leave it out") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise NextLatError(f"{path} cannot be read: {error}") from error
 
 
@@ -158,6 +162,11 @@ def _jsonl(path: Path, reading: Reading) -> Iterator[str]:
                 ) from error
             if not isinstance(text, str):
                 raise NextLatError(f"{path}, line {number}: {reading.column!r} is {type(text).__name__}, not text")
+            if SURROGATE.search(text):
+                raise NextLatError(
+                    f"{path}, line {number}: {reading.column!r} holds half a character, an unpaired surrogate such as "
+                    "\\ud83d; remove it"
+                )
             yield text
 
 
@@ -168,6 +177,9 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
             names = file.schema_arrow.names
             if column not in names:
                 raise NextLatError(f"{path} has no column {column!r}, only {', '.join(names)}; name its --column")
+            kind = file.schema_arrow.field(column).type
+            if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
+                raise NextLatError(f"{path}: column {column!r} is {kind}, not text; name its --column")
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except (arrow.ArrowException, OSError) as error:
@@ -322,9 +334,18 @@ def _encoded(
 
 def _start(tokenizer: str, end_token: int, dtype: str) -> None:
     global _own
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_leave_after, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _own = Tokenizer(text_module("tokenizers").Tokenizer.from_str(tokenizer), end_token), dtype
+
+
+def _leave_after(parent: BaseProcess) -> None:
+    """End this process with the one that started it, which may be killed without a chance to end it."""
+    parent.join()
+    os._exit(1)
 
 
 _own: tuple[Tokenizer, str]

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from nextlat.evaluation.probes import Pairs
 
 MOST_PAIRS = 2**22
-"""Pairs of each offset that are kept; enough for a table of a few thousand tokens."""
+"""Different pairs of each offset that are counted; a table that has so many gets no more. Vocabularies of up to 2,048
+tokens never get there."""
+WAITING = 2**21
+"""Pairs of an offset that are kept before they are counted."""
 
 
 class Skipgrams:
@@ -30,8 +33,10 @@ class Skipgrams:
 
     def __init__(self, vocab_size: int, offsets: int) -> None:
         self.vocab_size = vocab_size
-        self._kept: list[list[Tensor]] = [[] for _ in range(offsets)]
-        self._n = [0] * offsets
+        self._waiting: list[list[Tensor]] = [[] for _ in range(offsets)]
+        nothing = torch.zeros(0, dtype=torch.int64)
+        self._counted = [(nothing, nothing) for _ in range(offsets)]
+        """Sorted pairs and how often each was seen."""
         self._tables: dict[int, tuple[Tensor, ...]] = {}
         self._unigram = torch.zeros(vocab_size, dtype=torch.int64)
 
@@ -40,9 +45,20 @@ class Skipgrams:
         tokens = batch.tokens.flatten()
         self._unigram += torch.bincount(found[0].target.cpu(), minlength=self.vocab_size)
         for place, pairs in enumerate(found):
-            if self._n[place] < MOST_PAIRS:
-                self._kept[place].append((tokens[pairs.source] * self.vocab_size + pairs.target).cpu())
-                self._n[place] += len(pairs.target)
+            if len(self._counted[place][0]) < MOST_PAIRS:
+                self._waiting[place].append((tokens[pairs.source] * self.vocab_size + pairs.target).cpu())
+                if sum(map(len, self._waiting[place])) >= WAITING:
+                    self._count(place)
+        self._tables.clear()
+
+    def _count(self, place: int) -> None:
+        """Move what waits into the counts."""
+        keys, counts = self._counted[place]
+        waiting = torch.cat([keys[:0], *self._waiting[place]])
+        weights = torch.cat([counts, torch.ones_like(waiting)])
+        merged, where = torch.cat([keys, waiting]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        self._counted[place] = merged, torch.zeros_like(merged).index_add_(0, where, weights)
+        self._waiting[place] = []
 
     def unigram(self, targets: Tensor) -> Tensor:
         """(n,) ``-log p(y)`` by frequency, on the CPU."""
@@ -68,10 +84,10 @@ class Skipgrams:
     def _table(self, offset: int) -> tuple[Tensor, ...]:
         """Sorted pairs and their counts; of each token its pairs and how many different ones."""
         if offset not in self._tables:
-            keys, counts = torch.cat(self._kept[offset - 1]).unique(return_counts=True)  # type: ignore[no-untyped-call]
+            self._count(offset - 1)
+            keys, counts = self._counted[offset - 1]
             first = keys // self.vocab_size
             total = torch.zeros(self.vocab_size, dtype=torch.int64).index_add_(0, first, counts)
             different = torch.bincount(first, minlength=self.vocab_size)
-            self._kept[offset - 1] = []
             self._tables[offset] = (keys, counts, total, different)
         return self._tables[offset]

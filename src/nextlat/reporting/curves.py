@@ -53,6 +53,7 @@ def accuracy_figure(runs: Sequence[Run], metric: str | None = None, theme: Theme
     names = {s.group.benchmark: s.metric for s in summaries}
     rates = {s.group.benchmark: s.rate for s in summaries}
     panels = benchmarks([s.group for s in summaries])
+    styles = group_styles([s.group for s in summaries], theme)
     figure = new_figure(WIDTH, 0.6 + 3.5 * len(panels), theme)
     unfinished = False
     for axes, (benchmark, groups) in zip(
@@ -60,7 +61,7 @@ def accuracy_figure(runs: Sequence[Run], metric: str | None = None, theme: Theme
     ):
         name = names[benchmark]
         dress(axes, theme, benchmark, STEPS, name.replace("_", " "))
-        for run, style in _styled(groups, theme):
+        for run, style in _styled(groups, styles):
             steps, values = run.curve(name)
             axes.plot(steps, values, gid=run.name, linewidth=1.8, alpha=0.85, **style)
             if len(steps) and not run.finished:
@@ -135,7 +136,8 @@ def _panels(
         height: of a row, in inches; a row of one panel gets a little more.
         theme: colours.
     """
-    of_benchmark = benchmarks(group_runs(runs))
+    grouped = group_runs(runs)
+    styles, of_benchmark = group_styles(grouped, theme), benchmarks(grouped)
     panels = [(benchmark, name) for benchmark in of_benchmark for name in columns]
     beside = min(3, len(columns))
     rows = ceil(len(panels) / beside)
@@ -144,7 +146,7 @@ def _panels(
     for axes, (benchmark, name) in zip(places, panels, strict=False):
         title, label = columns[name]
         dress(axes, theme, f"{benchmark}: {title}" if len(of_benchmark) > 1 else title, STEPS, label, beside)
-        drawn = [draw(axes, run, name, style) for run, style in _styled(of_benchmark[benchmark], theme)]
+        drawn = [draw(axes, run, name, style) for run, style in _styled(of_benchmark[benchmark], styles)]
         _steps_axis(axes, of_benchmark[benchmark])
         values = np.concatenate(drawn)
         values = values[np.isfinite(values)]
@@ -166,35 +168,38 @@ def running_mean(values: Array) -> Array:
     return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
 
 
-def _styled(groups: Sequence[Group], theme: Theme) -> Iterator[tuple[Run, dict[str, Any]]]:
-    for group, style in zip(groups, _styles(groups, theme), strict=True):
-        for run in group.runs:
-            yield run, style
+Styles = dict[str, dict[str, Any]]
+"""Label of a group -> colour and dashes of its lines."""
 
 
-def _styles(groups: Sequence[Group], theme: Theme) -> list[dict[str, Any]]:
-    """Colour by objective, dashes by settings within it."""
+def group_styles(groups: Sequence[Group], theme: Theme) -> Styles:
+    """Colour by objective, dashes by settings within it; one map for all panels of a figure and its legend."""
     colours = theme.colours([group.objective for group in groups])
     settings: dict[str, list[str]] = {}
     for group in groups:
         seen = settings.setdefault(group.objective, [])
         seen += [] if group.settings in seen else [group.settings]
-    return [
-        {
+    return {
+        group.label: {
             "color": colours[group.objective],
             "linestyle": DASHES[settings[group.objective].index(group.settings) % len(DASHES)],
         }
         for group in groups
-    ]
+    }
+
+
+def _styled(groups: Sequence[Group], styles: Styles) -> Iterator[tuple[Run, dict[str, Any]]]:
+    for group in groups:
+        for run in group.runs:
+            yield run, styles[group.label]
 
 
 def _legend(runs: Sequence[Run], theme: Theme, unfinished: bool = False) -> list[Artist]:
     from matplotlib.lines import Line2D
 
-    groups = list({group.label: group for group in group_runs(runs)}.values())
     handles: list[Artist] = [
-        Line2D([], [], linewidth=2.2, label=group.label, **style)
-        for group, style in zip(groups, _styles(groups, theme), strict=True)
+        Line2D([], [], linewidth=2.2, label=label, **style)
+        for label, style in group_styles(group_runs(runs), theme).items()
     ]
     if unfinished:
         handles.append(Line2D([], [], linestyle="", marker="o", mfc=theme.paper, mec=theme.ink, label="unfinished"))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from math import isfinite, nan
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nextlat.reporting.curves import Styles, group_styles
 from nextlat.reporting.groups import Group, benchmarks, group_runs
 from nextlat.reporting.runs import Array, Run
 from nextlat.reporting.tables import NOTHING, Grid
-from nextlat.reporting.theme import DASHES, LIGHT, SMALL, Theme, dress, legend_above, new_figure
+from nextlat.reporting.theme import LIGHT, SMALL, Theme, dress, legend_above, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -44,16 +45,18 @@ def probes_figure(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure | None:
     columns = 2 if any(_reference(groups, prefix) is not None for _, prefix, groups in rows) else 1
     figure = new_figure(WIDTH, 0.6 + 3.4 * len(rows), theme)
     panels = figure.subplots(len(rows), columns, squeeze=False)
+    everything = [group for _, _, groups in rows for group in groups]
+    styles = group_styles(everything, theme)
     for (title, prefix, groups), places in zip(rows, panels, strict=True):
         reference = _reference(groups, prefix)
         if reference is not None:
-            _draw(places[0], groups, prefix, theme, reference, f"{title}: less is better")
+            _draw(places[0], groups, prefix, theme, styles, reference, f"{title}: less is better")
             places[0].axhline(0, color=theme.ink, linewidth=1.1, alpha=0.6, zorder=1.5)
         elif columns == 2:
             places[0].set_visible(False)
-        _draw(places[-1], groups, prefix, theme, None, f"{title}: beside the baselines")
+        _draw(places[-1], groups, prefix, theme, styles, None, f"{title}: beside the baselines")
         _draw_baselines(places[-1], groups, prefix, theme)
-    legend_above(figure, _legend([group for _, _, groups in rows for group in groups], theme), theme)
+    legend_above(figure, _legend(everything, styles, theme), theme)
     return figure
 
 
@@ -138,13 +141,19 @@ def _cell(curve: Array, reference: Array | None, k: int) -> str:
     return f"{text} ({curve[k - 1] - reference[k - 1]:+.3f})"
 
 
-def _draw(axes: Axes, groups: Sequence[Group], prefix: str, theme: Theme, reference: Array | None, title: str) -> None:
+def _draw(
+    axes: Axes,
+    groups: Sequence[Group],
+    prefix: str,
+    theme: Theme,
+    styles: Styles,
+    reference: Array | None,
+    title: str,
+) -> None:
     name = f"{prefix}_ce"
     y = "cross-entropy, nats" if reference is None else f"cross-entropy less that of {REFERENCE}, nats"
     dress(axes, theme, title, "tokens ahead, k", y, 2)
-    colours = theme.colours([group.objective for group in groups])
-    for group, dashes in zip(groups, _dashes(groups), strict=True):
-        colour = colours[group.objective]
+    for group in groups:
         curves = [(run.name, _curve(run, name), 0.8, 0.45) for run in group.runs if len(group.runs) > 1]
         whole = (group.label, _mean(group.runs, name), 2.2, 1.0)
         for gid, curve, width, alpha in [*curves, whole]:
@@ -154,8 +163,7 @@ def _draw(axes: Axes, groups: Sequence[Group], prefix: str, theme: Theme, refere
                 np.arange(1, reach + 1),
                 values,
                 gid=gid,
-                color=colour,
-                linestyle=dashes,
+                **styles[group.label],
                 linewidth=width,
                 alpha=alpha,
                 zorder=3 if width > 1 else 2,
@@ -179,28 +187,10 @@ def _draw_baselines(axes: Axes, groups: Sequence[Group], prefix: str, theme: The
         axes.text(0.02, level, "unigram", transform=at, fontsize=SMALL, color=theme.ink, va="bottom")
 
 
-def _dashes(groups: Sequence[Group]) -> list[str | tuple[int, tuple[float, ...]]]:
-    """Dashes by settings within an objective."""
-    seen: dict[str, int] = {}
-    styles = []
-    for group in groups:
-        place = seen.setdefault(group.objective, 0)
-        seen[group.objective] += 1
-        styles.append(DASHES[place % len(DASHES)])
-    return styles
-
-
-def _legend(groups: Sequence[Group], theme: Theme) -> list[Artist]:
+def _legend(groups: Sequence[Group], styles: Styles, theme: Theme) -> list[Artist]:
     from matplotlib.lines import Line2D
 
-    colours = theme.colours([group.objective for group in groups])
-    styles: dict[str, tuple[str, Any]] = {
-        group.label: (colours[group.objective], dashes) for group, dashes in zip(groups, _dashes(groups), strict=True)
-    }
-    handles: list[Artist] = [
-        Line2D([], [], linewidth=2.2, label=label, color=colour, linestyle=dashes)
-        for label, (colour, dashes) in styles.items()
-    ]
+    handles: list[Artist] = [Line2D([], [], linewidth=2.2, label=label, **style) for label, style in styles.items()]
     if any(len(group.runs) > 1 for group in groups):
         handles.append(Line2D([], [], linewidth=0.8, alpha=0.6, color=theme.ink, label="one seed"))
     handles.append(Line2D([], [], linewidth=1.4, color=theme.ink, linestyle=(0, (4, 2)), label="bigram k apart"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from statistics import median
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from nextlat.config import Config
 from nextlat.objectives import total_loss
 from nextlat.tasks import Textual
 from nextlat.training.build import Built, build
-from nextlat.training.loop import prepare
+from nextlat.training.loop import precision, prepare
 from nextlat.training.optimizers import make_optimizer
 
 TRIAL_TOKENS = 2048
@@ -81,10 +82,8 @@ def _trial(config: Config, depth: int, rows: int, device: torch.device) -> tuple
             torch.cuda.synchronize()
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        if attempt == 0:
-            with torch.autograd.graph.saved_tensors_hooks(remember, lambda kept: kept):
-                loss = total_loss(objective(batch))
-        else:
+        hooks = torch.autograd.graph.saved_tensors_hooks(remember, lambda kept: kept)
+        with hooks if attempt == 0 else nullcontext(), precision(config, device):
             loss = total_loss(objective(batch))
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def train(
         if training.save == "best":
             point_to_best(run.checkpoints, best_step)
     save_every = training.save_every or training.evaluate_every or training.steps
-    autocast = torch.autocast(device.type, torch.bfloat16) if training.precision == "bf16" else nullcontext()
+    autocast = precision(config, device)
     if training.compile:
         compile_blocks(objective, micro_batches(task, config, first, device)[0], autocast, training.precision)
     utilization = Utilization(config, task.vocab_size, task.sequence_length, device)
@@ -252,6 +252,11 @@ def refuse_non_finite(row: Mapping[str, Any], run: RunDirectory, step: int) -> N
         )
 
 
+def precision(config: Config, device: torch.device) -> AbstractContextManager[object]:
+    """What a forward pass runs under: autocast to bf16 if the configuration says so."""
+    return torch.autocast(device.type, torch.bfloat16) if config.training.precision == "bf16" else nullcontext()
+
+
 def subject(
     config: Config, built: Built, device: torch.device, examples: int | None, dynamics: torch.nn.Module | None = None
 ) -> Subject:
@@ -269,7 +274,10 @@ def subject(
         examples=examples,
         batch_size=config.evaluation.batch_size,
         horizon=objective.horizon,
-        probes=config.evaluation.probes,
+        probes=config.evaluation.probes.model_copy(
+            # more would be rows of the following steps, each many times over
+            update={"batch_size": min(config.evaluation.probes.batch_size, config.training.batch_size)}
+        ),
     )
 
 
