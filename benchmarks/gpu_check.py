@@ -6,12 +6,15 @@ FlexAttention is compiled for each shape, so the first table takes a few minutes
 
 from __future__ import annotations
 
+import csv
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +39,9 @@ from nextlat.model.trunk import Transformer
 from nextlat.objectives import OBJECTIVES, total_loss
 from nextlat.objectives.nextlat import NextLat
 from nextlat.training.build import build
+from nextlat.training.loop import train
 from nextlat.training.optimizers import make_optimizer
+from nextlat.training.run import RunDirectory
 
 TOLERANCE = 2e-4
 ATTENTION_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -187,6 +192,40 @@ def objectives_agree_and_train() -> bool:
     return worst <= TOLERANCE
 
 
+SCALE = {
+    "fp32": (),
+    "bf16": ("precision=bf16",),
+    "bf16, compiled": ("precision=bf16", "compile=true"),
+    "bf16, recomputed": ("precision=bf16", "checkpoint_activations=true"),
+    "bf16, Muon": ("precision=bf16", "optimizer=muon"),
+}
+"""Ways to train that only a GPU is made for, as options of ``training:``."""
+
+
+def scale_trains(steps: int = 30) -> bool:
+    """Whole runs of a model of some size: each learns, and the first loss of all is that of fp32 within 2 %."""
+    shape = ["model.n_layers=6", "model.width=384", "model.n_heads=6", "objective=nextlat", "data.train_size=20000"]
+    first: dict[str, float] = {}
+    right = True
+    for name, options in SCALE.items():
+        fixed = [f"training.steps={steps}", "training.warmup_steps=5", "training.decay_steps=0", "evaluation.after=[]"]
+        overrides = [*shape, *fixed, "training.evaluate_every=null", *(f"training.{option}" for option in options)]
+        config = load_config("path_star/mini", overrides)
+        with TemporaryDirectory() as folder:
+            run = RunDirectory.create(config, Path(folder), {})
+            train(run, build(config), bar=False)
+            run.close()
+            with (run.path / "metrics.csv").open(encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        first[name], last = float(rows[0]["ce"]), float(rows[-1]["ce"])
+        about = ", ".join(
+            f"{key} {float(rows[-1][key]):,.3g}" for key in ("tokens_per_second", "mfu") if rows[-1].get(key)
+        )
+        print(f"{name:17} ce {first[name]:.4f} -> {last:.4f}, {about}")
+        right &= last < first[name] and abs(first[name] / first["fp32"] - 1) < 0.02
+    return right
+
+
 @torch.inference_mode()
 def drafts_are_right(length: int = 5, rows: int = 1) -> bool:
     """Rollouts as graphs against single steps, and decoding with either against plain cached decoding."""
@@ -234,6 +273,7 @@ def main() -> int:
     right = attention_is_right()
     attention_times()
     right &= drafts_are_right()
+    right &= scale_trains()
     return int(not (objectives_agree_and_train() and right))
 
 
