@@ -97,7 +97,8 @@ def run_arm(arguments: argparse.Namespace) -> None:
     seconds = time.monotonic() - began
     own, below = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     cpu = own.ru_utime + own.ru_stime + below.ru_utime + below.ru_stime
-    print(json.dumps({"tokens": tokens, "seconds": seconds, "cpu": cpu, "rss": own.ru_maxrss / 1024}))
+    rss = {"rss": own.ru_maxrss / 1024, "rss_below": below.ru_maxrss / 1024}
+    print(json.dumps({"tokens": tokens, "seconds": seconds, "cpu": cpu, **rss}))
 
 
 def main() -> None:
@@ -128,7 +129,7 @@ def main() -> None:
                 busy[arm].append(found["tokens"] / found["cpu"])
                 print(
                     f"{arm:<9} {found['tokens']:>12,.0f} tokens  {rate[-1]:>10,.0f} tokens/s  "
-                    f"{busy[arm][-1]:>10,.0f} tokens/CPU-s  {found['rss']:>6,.0f} MB",
+                    f"{busy[arm][-1]:>10,.0f} tokens/CPU-s  {found['rss']:>6,.0f} MB, {found['rss_below']:,.0f} MB below",
                     flush=True,
                 )
         for what, found_rates in (("tokens/s", rates), ("tokens/CPU-s", busy)):
@@ -136,13 +137,13 @@ def main() -> None:
             ratio = sorted(mine / other for mine, other in pairs)[arguments.repeat // 2]
             print(f"ours / datasets, {what}: {ratio:.2f} (median of {arguments.repeat} pairs; target 1.0 or more)")
         small, large = (
-            measure("ours", folder / size, folder / "tokenizer.json", arguments.workers)["rss"]
-            for size in ("small", "large")
+            measure("ours", folder / size, folder / "tokenizer.json", arguments.workers) for size in ("small", "large")
         )
-        print(
-            f"largest resident set: {small:.0f} MB for {arguments.megabytes / 10:g} MB of text, {large:.0f} MB for "
-            f"{arguments.megabytes:g} MB"
-        )
+        for name, size in (("the process that writes", "rss"), ("the largest that tokenises", "rss_below")):
+            print(
+                f"resident set of {name}: {small[size]:.0f} MB for {arguments.megabytes / 10:g} MB of text, "
+                f"{large[size]:.0f} MB for {arguments.megabytes:g} MB"
+            )
         shutil.rmtree(folder, ignore_errors=True)
 
 
