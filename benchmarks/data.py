@@ -127,9 +127,10 @@ def main() -> None:
                 found = measure(arm, folder / "large", folder / "tokenizer.json", arguments.workers)
                 rate.append(found["tokens"] / found["seconds"])
                 busy[arm].append(found["tokens"] / found["cpu"])
+                memory = f"{found['rss']:,.0f} MB, below {found['rss_below']:,.0f} MB"
                 print(
                     f"{arm:<9} {found['tokens']:>12,.0f} tokens  {rate[-1]:>10,.0f} tokens/s  "
-                    f"{busy[arm][-1]:>10,.0f} tokens/CPU-s  {found['rss']:>6,.0f} MB, {found['rss_below']:,.0f} MB below",
+                    f"{busy[arm][-1]:>10,.0f} tokens/CPU-s  {memory}",
                     flush=True,
                 )
         for what, found_rates in (("tokens/s", rates), ("tokens/CPU-s", busy)):
