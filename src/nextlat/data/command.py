@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from nextlat.data.download import RemoteFile, download, endpoint, hub_files
-from nextlat.data.manifest import MANIFEST, TOKENIZER, UNFINISHED, complaint, read_manifest
+from nextlat.data.manifest import MANIFEST, TOKENIZER, UNFINISHED, Shard, complaints, read_manifest
 from nextlat.data.shards import ShardedTokens
 from nextlat.data.text import FIRST_SHARD, Reading, find_files, hold_out, read_documents, sample, tokenise
 from nextlat.data.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
@@ -117,11 +117,14 @@ def check_command(folder: Path) -> int:
     """Read every file of a folder and compare it with the manifest; returns 1 if something is wrong."""
     if not (folder / MANIFEST).is_file() and (folder / UNFINISHED).is_file():
         unfinished = read_manifest(folder / UNFINISHED)
-        wrong = [found for shard in unfinished.shards if (found := complaint(folder, shard, verify=True))]
+        with _checking(folder) as looked_at:
+            wrong = complaints(folder, unfinished.shards, True, looked_at)
         print(f"{folder} is not finished: {len(unfinished.shards) - len(wrong)} good shards", file=sys.stderr)
         print("\n".join([*wrong, unfinished.repair]), file=sys.stderr)
         return 1
-    show(ShardedTokens.open(folder, verify=True))
+    with _checking(folder) as looked_at:
+        shards = ShardedTokens.open(folder, True, looked_at)
+    show(shards)
     print("every file is as the manifest says")
     return 0
 
@@ -159,9 +162,18 @@ def _made(
 ) -> ShardedTokens:
     tokenizer = find_tokenizer(making, parts[-1].pairs)
     command = shlex.join(["nextlat", *sys.argv[1:]])
-    with ShardWriter(
-        making.out, tokenizer.vocab_size, tokenizer.end_token, making.shard_tokens, tokenizer, source, command
-    ) as writer:
+    with _checking(making.out) as looked_at:
+        opened = ShardWriter(
+            making.out,
+            tokenizer.vocab_size,
+            tokenizer.end_token,
+            making.shard_tokens,
+            tokenizer,
+            source,
+            command,
+            looked_at,
+        )
+    with opened as writer:
         if all(writer.complete(split) for split in splits):
             print("everything is there already")
         else:
@@ -255,6 +267,15 @@ def _fetched(files: Sequence[RemoteFile], split: str, making: Making) -> Iterato
 
 def _show_bytes(progress: Progress, task: TaskID, done: int, total: int | None) -> None:
     progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _checking(folder: Path) -> Iterator[Callable[[Shard], None]]:
+    """A progress bar that is told the shards of a folder that were read."""
+    manifest = next((folder / name for name in (UNFINISHED, MANIFEST) if (folder / name).is_file()), None)
+    size = None if manifest is None else sum(shard.bytes for shard in read_manifest(manifest).shards)
+    with _bar("checking", size) as (progress, task):
+        yield lambda shard: progress.update(task, advance=shard.bytes)
 
 
 @contextmanager

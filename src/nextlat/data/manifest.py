@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +76,18 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate(content)
     except (ValueError, ValidationError) as error:
         raise NextLatError(f"{path} is damaged ({str(error).splitlines()[0]}); write the folder again") from error
+
+
+def complaints(
+    folder: Path, shards: Iterable[Shard], verify: bool, looked_at: Callable[[Shard], None] | None = None
+) -> list[str]:
+    """What is wrong with the files of shards."""
+    wrong = []
+    for shard in shards:
+        wrong.append(complaint(folder, shard, verify))
+        if looked_at is not None:
+            looked_at(shard)
+    return [found for found in wrong if found is not None]
 
 
 def complaint(folder: Path, shard: Shard, verify: bool) -> str | None:

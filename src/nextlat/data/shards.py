@@ -9,7 +9,7 @@ says what must be there and is written last: a folder without one is not finishe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nextlat.data.manifest import MANIFEST, UNFINISHED, Manifest, complaint, read_manifest
+from nextlat.data.manifest import MANIFEST, UNFINISHED, Manifest, Shard, complaint, complaints, read_manifest
 from nextlat.data.writer import ShardWriter
 from nextlat.errors import NextLatError, unknown
 from nextlat.files import explained, locked
@@ -46,13 +46,16 @@ class ShardedTokens:
         self._verified: set[str] = set()
 
     @classmethod
-    def open(cls, folder: Path | str, verify: bool = False) -> ShardedTokens:
+    def open(
+        cls, folder: Path | str, verify: bool = False, looked_at: Callable[[Shard], None] | None = None
+    ) -> ShardedTokens:
         """Open a folder that is whole.
 
         Args:
             folder: with ``manifest.json``.
             verify: read every file and compare its sha256 now; without it names and sizes are compared, and each
                 shard's sha256 when it is read first.
+            looked_at: is told each shard when that is done.
 
         Raises:
             NextLatError: no manifest, or files that are missing, of a wrong size or damaged: each by name, with the
@@ -64,7 +67,7 @@ class ShardedTokens:
                 raise NextLatError(f"{folder} is not finished; {read_manifest(folder / UNFINISHED).repair}")
             raise NextLatError(f"there is no {folder / MANIFEST}; make a folder of tokens with `nextlat data`")
         manifest = read_manifest(folder / MANIFEST)
-        wrong = [found for shard in manifest.shards if (found := complaint(folder, shard, verify))]
+        wrong = complaints(folder, manifest.shards, verify, looked_at)
         if manifest.tokenizer is not None:
             path = folder / manifest.tokenizer
             if not path.is_file():

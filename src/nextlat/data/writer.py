@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ class ShardWriter:
         tokenizer: is stored beside the shards.
         source: where the documents come from; a folder goes on only with the same.
         command: makes the folder; shown in errors.
+        looked_at: is told each shard that was there when it has been read and compared.
 
     Raises:
         NextLatError: the folder was made with other settings.
@@ -50,6 +52,7 @@ class ShardWriter:
         tokenizer: Tokenizer | None = None,
         source: dict[str, Any] | None = None,
         command: str = "",
+        looked_at: Callable[[Shard], None] | None = None,
     ) -> None:
         if shard_tokens < 1:
             raise NextLatError(f"shard_tokens is {shard_tokens}; a shard needs at least 1")
@@ -88,6 +91,8 @@ class ShardWriter:
                 self.good[shard.split, number] = shard
             else:
                 self.damaged.append(wrong)
+            if looked_at is not None:
+                looked_at(shard)
         self.tokens: Counter[str] = Counter()
         """Tokens of each split: of listed shards, damaged ones too, and of what was added behind them."""
         for (split, _), shard in self.listed.items():
