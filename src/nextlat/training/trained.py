@@ -50,8 +50,10 @@ def load_run(path: Path, device: str | None = None, which: str = "newest") -> Tr
     """Load a run's newest checkpoint, or its ``best``.
 
     Raises:
-        NextLatError: no run, no checkpoint, or a damaged one.
+        NextLatError: no run, no checkpoint, a damaged one, or another word than ``newest`` and ``best``.
     """
+    if which not in ("newest", "best"):
+        raise NextLatError(f"--checkpoint is {which!r}; choose newest or best")
     config = RunDirectory.open(path, lock=False).config
     if device is not None:
         config = config.model_copy(update={"training": config.training.model_copy(update={"device": device})})
