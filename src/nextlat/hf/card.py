@@ -117,6 +117,7 @@ def _numbers(evaluations: dict[str, Any]) -> list[str]:
         f"| {file} | {name} | {_number(found['value'])} | {_interval(found)} | {_number(found.get('chance'))} | "
         f"{found.get('n') or ''} |"
         for file, content in evaluations.items()
+        if content.get("harness", {}).get("limit") is None  # a trial on some examples is no measurement of the model
         for name, found in content["metrics"].items()
     ]
     if not rows:
