@@ -11,127 +11,53 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nextlat import NextLatError, tasks
+from nextlat import NextLatError
 from nextlat.cli import app
-from nextlat.data.tokenizer import byte_tokenizer
 from nextlat.hf import export_run, run_harness
-from nextlat.hf.adapter import TokenCache
-from nextlat.hf.harness import ACCURACIES, PAPER_TASKS, find_tasks, paper_average, split_tasks, to_metrics
-from nextlat.model.interfaces import LMOutput, states_at
-from nextlat.statistics import Metric
-from tests.hf.models import TextTask, text_config
+from nextlat.hf.harness import ACCURACIES, PAPER_TASKS, find_tasks, split_tasks
+from nextlat.statistics import proportion
+from nextlat.training.trained import load_run
+from tests.hf.harness_parts import (
+    CHOICE,
+    LAST,
+    PROSE,
+    QUESTIONS,
+    WRITTEN,
+    BpeTask,
+    Successor,
+    Summing,
+    bpe,
+    harness_lm,
+    requests,
+    write,
+)
+from tests.hf.models import TextTask
 from tests.tiny import run_whole
 
-CHOICE = """task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {file}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
-target_delimiter: ""
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-"""
-PROSE = """task: prose
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {file}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list:
-  - metric: word_perplexity
-  - metric: bits_per_byte
-"""
-WRITTEN = """task: written
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {file}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs:
-  until: ["!"]
-  max_gen_toks: 8
-metric_list:
-  - metric: exact_match
-"""
-
-
-class Successor:
-    """After every byte expects the next one in ASCII, with probability close to 1; anything else alike."""
-
-    def __call__(self, tokens: torch.Tensor, *rest: Any, cache: Any = None, **options: Any) -> LMOutput:
-        logits = torch.nn.functional.one_hot((tokens + 1) % 257, 257).float() * 30
-        return LMOutput(states_at(logits, options.get("logits_at")), logits)
-
-    def new_cache(self, rows: int, capacity: int) -> TokenCache:
-        return TokenCache(torch.zeros(rows, capacity, dtype=torch.int64))
-
-
-def write(folder: Path, name: str, template: str, lines: list[dict[str, Any]]) -> Path:
-    file = folder / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    (folder / f"{name}.yaml").write_text(template.format(name=name, file=file), encoding="utf-8")
-    return folder / f"{name}.yaml"
-
-
-@pytest.fixture(autouse=True)
-def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data sets are cached in the test's folder, and nothing is fetched."""
-    pytest.importorskip("lm_eval", reason='needs pip install "nextlat[harness]"')
-    import datasets
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-def successor_lm() -> Any:
-    from nextlat.hf.lm_adapter import HarnessLM
-
-    return HarnessLM(Successor(), byte_tokenizer(), 24, 3, torch.device("cpu"))  # type: ignore[arg-type]
-
-
-QUESTIONS = [
-    {"question": "a", "choices": ["bcd", "cb"], "label": 0},
-    {"question": "xyz01", "choices": ["4", "234", "9999"], "label": 1},
-    {"question": "m" * 40 + "n", "choices": ["p", "o"], "label": 1},
-    {"question": "C", "choices": ["B", "DEFG"], "label": 1},
-]
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def test_a_model_that_prefers_the_right_answer_scores_one(tmp_path: Path) -> None:
     file = write(tmp_path, "letters", CHOICE, QUESTIONS)
-    found = run_harness(successor_lm(), [str(file)])
+    found = run_harness(harness_lm(Successor()), [str(file)])
     assert found["letters.acc"].value == found["letters.acc_norm"].value == 1.0
     assert found["letters.acc"].n == 4
-    wrong = [{**line, "label": (line["label"] + 1) % 2} for line in QUESTIONS]  # type: ignore[operator]
+    assert found["letters.acc"].low == proportion(4, 4)[1] < 0.6  # 4 of 4 is not certain to be all
+    wrong = [{**line, "label": (line["label"] + 1) % 2} for line in QUESTIONS]
     file = write(tmp_path, "wrong", CHOICE, wrong)
     half = write(tmp_path, "half", CHOICE, [*QUESTIONS, *wrong])
-    found = run_harness(successor_lm(), [str(file), str(half)])
+    found = run_harness(harness_lm(Successor()), [str(file), str(half)])
     assert found["wrong.acc"].value == 0.0
     middle = found["half.acc"]
     assert middle.value == 0.5
-    error = 0.5 / math.sqrt(7)  # standard deviation of 8 halves with n - 1, over sqrt(8)
     assert middle.low is not None
-    assert math.isclose(middle.low, 0.5 - 1.959964 * error, rel_tol=1e-5)
+    assert math.isclose(middle.low, proportion(4, 8)[1], rel_tol=1e-9)
 
 
 def test_texts_are_scored_in_windows_that_cover_every_token_once(tmp_path: Path) -> None:
     alphabet = "".join(chr(code) for code in range(40, 110))  # three windows of 24 tokens
     file = write(tmp_path, "prose", PROSE, [{"text": alphabet}])
-    found = run_harness(successor_lm(), [str(file)])
+    found = run_harness(harness_lm(Successor()), [str(file)])
     right = 30 - math.log(math.exp(30) + 256)
     # the end token (256) stands first, and what it expects is token 0: one miss
     nats = 69 * right + (0 - math.log(math.exp(30) + 256))
@@ -144,33 +70,29 @@ def test_generation_stops_before_the_stop_text(tmp_path: Path) -> None:
         {"question": "c", "answer": "defghijk"},
         {"question": "\x1d", "answer": "\x1e\x1f "},
         {"question": "seven", "answer": "opqrstuv"},
-        {"question": "m" * 40 + "w", "answer": "xyz{|}~\x7f"},
+        {"question": "m" * 15 + "w", "answer": "xyz{|}~\x7f"},
         {"question": "\x1b\x1c", "answer": "\x1d\x1e\x1f "},
     ]  # two batches of three, of prompts of different lengths
     file = write(tmp_path, "written", WRITTEN, lines)
-    assert run_harness(successor_lm(), [str(file)])["written.exact_match"].value == 1.0
+    assert run_harness(harness_lm(Successor()), [str(file)])["written.exact_match"].value == 1.0
 
 
-@pytest.fixture
-def text_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setitem(tasks.TASKS, "text", TextTask)
-
-    def made(objective: str, *overrides: str) -> Path:
-        return run_whole(text_config(f"objective={objective}", "training.steps=20", *overrides), tmp_path / objective)
-
-    return made
-
-
-def test_our_numbers_are_those_of_the_harness_own_adapter_on_the_export(tmp_path: Path, text_run: Any) -> None:
+@pytest.mark.parametrize("task", [TextTask, BpeTask])
+def test_our_numbers_are_those_of_the_harness_own_adapter_on_the_export(
+    task: Any, tmp_path: Path, text_run: Any
+) -> None:
     pytest.importorskip("accelerate", reason="lm-eval's own adapter needs pip install accelerate")
     from lm_eval.models.huggingface import HFLM
 
-    run = text_run("gpt", "training.learning_rate=0.01")
-    lines = [{"question": "the cat", "choices": [" sat", " mat", "ö"], "label": 0}, *QUESTIONS]
+    run = text_run("gpt", "training.learning_rate=0.01", task=task)
+    lines = [{"question": "the cat", "choices": [" sat", " mat on the", " dog, sat"], "label": 0}, *QUESTIONS]
     files = [
         write(tmp_path, "letters", CHOICE, lines),
         write(tmp_path, "prose", PROSE, [{"text": "the cat sat on the mat. " * 3}, {"text": "so"}]),
         write(tmp_path, "written", WRITTEN, [{"question": "the c", "answer": "at sat o"}]),
+        write(
+            tmp_path, "last", LAST, [{"text": "the cat sat", "last": last} for last in (" on the", " on", " dog on")]
+        ),
     ]
     names = [str(file) for file in files]
     result = CliRunner().invoke(app, ["evaluate", str(run), "harness", "--tasks", ",".join(names)])
@@ -181,10 +103,21 @@ def test_our_numbers_are_those_of_the_harness_own_adapter_on_the_export(tmp_path
     ours = content["metrics"]
     assert "letters.acc_norm" in result.output
     export_run(run, tmp_path / "out")
-    theirs = run_harness(HFLM(pretrained=str(tmp_path / "out"), device="cpu", batch_size=2), names)
-    assert ours.keys() == theirs.keys()
+    stock = HFLM(pretrained=str(tmp_path / "out"), device="cpu", batch_size=2)
+    theirs = run_harness(stock, names)
+    assert ours.keys() - {"letters.cut_contexts"} == theirs.keys()
+    assert ours["last.acc"]["value"] < 1.0  # some choices are not greedy, and some of their tokens are
     for name, metric in theirs.items():
         assert math.isclose(ours[name]["value"], float(metric.value), rel_tol=1e-4, abs_tol=1e-6), name
+    trained = load_run(run)
+    lm = harness_lm(trained.built.objective.as_lm(), trained.built.task.tokenizer)  # type: ignore[attr-defined]
+    context = lm.tok_encode("the cat sat")
+    greedy = lm.tok_encode(lm.generate_until(requests("generate_until", ("the cat sat", {"max_gen_toks": 4})))[0])
+    pairs: list[Any] = [(("", ""), context, greedy), (("", ""), context, [greedy[0], 99, *greedy[2:]])]
+    expected = stock._loglikelihood_tokens(pairs, disable_tqdm=True)
+    for (value, flag), (other, other_flag) in zip(lm._loglikelihood_tokens(pairs), expected, strict=True):
+        assert math.isclose(value, other, rel_tol=1e-4)
+        assert flag is bool(other_flag)
 
 
 @pytest.mark.parametrize(
@@ -198,14 +131,135 @@ def test_objectives_that_no_stock_llama_computes_run_too(
     run = text_run(objective, *options)
     result = CliRunner().invoke(app, ["evaluate", str(run), "harness", "--tasks", str(file), "--limit", "2"])
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
-    content = json.loads((run / "evaluations/harness.json").read_text(encoding="utf-8"))
+    content = json.loads((run / "evaluations/harness-limit-2.json").read_text(encoding="utf-8"))
     assert content["metrics"]["letters.acc"]["n"] == 2
+    assert content["harness"]["limit"] == 2
+
+
+def test_tasks_are_added_to_the_file_and_trials_lie_apart(tmp_path: Path, text_run: Any) -> None:
+    run = text_run("gpt", task=BpeTask)
+    spoken = [{"question": "the cat", "choices": [" sat", " caf\u00e9"], "label": 0}] * 3
+    one, two = write(tmp_path, "one", CHOICE, spoken), write(tmp_path, "two", CHOICE, spoken)
+
+    def evaluated(tasks: str, *options: str) -> str:
+        result = CliRunner().invoke(app, ["evaluate", str(run), "harness", "--tasks", tasks, *options])
+        assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+        return result.output
+
+    def content(name: str) -> Any:
+        return json.loads((run / "evaluations" / name).read_text(encoding="utf-8"))
+
+    output = evaluated(str(one))
+    assert "one.lost_characters 3 of 69 characters" in output
+    first = content("harness.json")
+    assert first["metrics"]["one.lost_characters"]["value"] == 3
+    evaluated(str(two), "--limit", "2")
+    assert content("harness.json") == first
+    assert {name.partition(".")[0] for name in content("harness-limit-2.json")["metrics"]} == {"two"}
+    export_run(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "one.acc |" in card
+    assert "two.acc" not in card  # two examples measure nothing
+    write(tmp_path, "one", CHOICE, spoken[:2])
+    evaluated(f"{one},{two}")
+    both = content("harness.json")
+    assert both["metrics"]["one.acc"]["n"] == 2
+    assert both["metrics"]["two.acc"]["n"] == 3
+    assert both["harness"]["tasks"].keys() == {"one", "two"}
+    write(tmp_path, "two", CHOICE, spoken[:1])
+    assert "one." not in evaluated(str(two))
+    merged = content("harness.json")["metrics"]
+    assert merged["one.acc"] == both["metrics"]["one.acc"]
+    assert merged["two.acc"]["n"] == 1
+    file = run / "evaluations" / "harness.json"
+    file.write_text(json.dumps({**both, "step": 19}), encoding="utf-8")  # of an earlier checkpoint
+    evaluated(str(two))
+    assert content("harness.json")["harness"]["tasks"].keys() == {"two"}
+    file.write_text(json.dumps({**both, "harness": {"tasks": ["one"]}}), encoding="utf-8")
+    result = CliRunner().invoke(app, ["evaluate", str(run), "harness", "--tasks", str(two)])
+    assert "so no task can be added to it; move it away" in str(result.exception)
+
+
+def test_averages_are_of_all_tasks_in_the_file(tmp_path: Path, text_run: Any) -> None:
+    run = text_run("gpt")
+    files = [str(write(tmp_path, name, CHOICE, QUESTIONS)) for name in ACCURACIES]
+    for some in (files[:5], files[5:]):
+        result = CliRunner().invoke(app, ["evaluate", str(run), "harness", "--tasks", ",".join(some)])
+        assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    metrics = json.loads((run / "evaluations/harness.json").read_text(encoding="utf-8"))["metrics"]
+    assert metrics["nextlat_paper.average"]["value"] == metrics["sciq.acc"]["value"]
+    p = metrics["sciq.acc"]["value"]
+    half = 1.959963984540054 * math.sqrt(p * (1 - p) / 3 / 8)  # of four questions, eight times
+    assert math.isclose(metrics["nextlat_paper.average"]["high"], min(1.0, p + half), rel_tol=1e-6)
+
+
+def test_only_newest_and_best_are_checkpoints(tmp_path: Path) -> None:
+    for arguments in (["harness", "--tasks", "sciq"], []):
+        result = CliRunner().invoke(app, ["evaluate", str(tmp_path), *arguments, "--checkpoint", "bset"])
+        assert str(result.exception) == "--checkpoint is 'bset'; choose newest or best"
+    with pytest.raises(NextLatError, match="'bset'; choose newest or best"):
+        load_run(tmp_path, which="bset")
 
 
 def test_a_folder_of_tasks_is_all_of_them(tmp_path: Path) -> None:
     write(tmp_path, "one", CHOICE, QUESTIONS)
     write(tmp_path, "two", CHOICE, QUESTIONS)
-    assert find_tasks([str(tmp_path)]) == (["one", "two"], [tmp_path])
+    (tmp_path / "group.yaml").write_text("group: both\ntask:\n  - one\n  - two\n", encoding="utf-8")
+    (tmp_path / "common.yaml").write_text("test_split: test\n", encoding="utf-8")
+    (tmp_path / "three.yml").write_text("task: 'my task'\n", encoding="utf-8")
+    found = {"one": "one.yaml", "two": "two.yaml", "my task": "three.yml"}
+    assert find_tasks([str(tmp_path), str(tmp_path / "one.yaml"), "sciq"]) == {
+        "sciq": "sciq",
+        **{name: str(tmp_path / file) for name, file in found.items()},
+    }
+    for file in ("group.yaml", "common.yaml"):
+        with pytest.raises(NextLatError, match=f"{file} holds no lm-eval task.*of a group, name the files"):
+            find_tasks([str(tmp_path / file)])
+    (tmp_path / "broken.yaml").write_text("task: [\n", encoding="utf-8")
+    with pytest.raises(NextLatError, match=r"broken\.yaml cannot be read as an lm-eval task"):
+        find_tasks([str(tmp_path)])
+
+
+def test_the_file_that_is_named_is_the_one_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "backup", "mine", CHOICE, QUESTIONS)
+    file = write(tmp_path, "mine", CHOICE, QUESTIONS[:3])
+    other = write(tmp_path, "sciq", CHOICE, QUESTIONS[:2])  # as one of lm-eval's own
+    assert find_tasks([str(file)]) == {"mine": str(file)}
+    found = run_harness(harness_lm(Successor()), [str(file), str(other)])
+    assert (found["mine.acc"].n, found["sciq.acc"].n) == (3, 2)
+    for twice in ([str(file), str(tmp_path / "backup")], [str(other), "sciq"]):
+        with pytest.raises(NextLatError, match="is asked for twice"):
+            find_tasks(twice)
+    short = other.rename(tmp_path / "other.yml")
+    assert run_harness(harness_lm(Successor()), [str(short)])["sciq.acc"].n == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "piqa").mkdir()
+    assert find_tasks(["piqa", "other.yml"]) == {"piqa": "piqa", "sciq": str(short)}
+
+
+def test_errors_in_a_task_of_ones_own_name_the_task(tmp_path: Path) -> None:
+    file = write(tmp_path, "broken", CHOICE, QUESTIONS)
+    (tmp_path / "broken.jsonl").write_text('{"question": "a", "choices"\n', encoding="utf-8")
+    with pytest.raises(NextLatError, match=r"tasks broken could not be run .*JSON"):
+        run_harness(harness_lm(Successor()), [str(file)])
+    field = write(tmp_path, "field", CHOICE.replace("{{{{question}}}}", "{{{{quest.ion}}}}"), QUESTIONS)
+    with pytest.raises(NextLatError, match=r"tasks field could not be run .*'quest' is undefined"):
+        run_harness(harness_lm(Successor()), [str(field)])
+
+
+def test_a_refusal_of_the_adapter_is_told_as_it_is(tmp_path: Path) -> None:
+    file = write(tmp_path, "merged", CHOICE, [{"question": "the", "choices": ["re", " dog"], "label": 0}])
+    with pytest.raises(NextLatError, match=r"^the choice 're' shares a token with the text 'the' before it"):
+        run_harness(harness_lm(Summing(160), bpe()), [str(file)])
+
+
+def test_a_batch_too_large_for_the_device_says_so(tmp_path: Path) -> None:
+    def full(tokens: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("2 GiB")
+
+    file = write(tmp_path, "letters", CHOICE, QUESTIONS)
+    with pytest.raises(NextLatError, match=r"no room for a batch \(2 GiB\); lower --batch-size"):
+        run_harness(harness_lm(full), [str(file)])
 
 
 @pytest.fixture(scope="module")
@@ -227,27 +281,11 @@ def test_tasks_and_data_that_are_not_there_are_errors_that_say_what_to_do(
 ) -> None:
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: everything)
     with pytest.raises(NextLatError, match="Hugging Face hub, online or in its cache"):
-        run_harness(successor_lm(), ["sciq"])
+        run_harness(harness_lm(Successor()), ["sciq"])
     with pytest.raises(NextLatError, match="no task 'sciqq'"):
-        run_harness(successor_lm(), ["sciqq"])
+        run_harness(harness_lm(Successor()), ["sciqq"])
     with pytest.raises(NextLatError, match=r"no task file .*absent\.yaml"):
-        run_harness(successor_lm(), [str(tmp_path / "absent.yaml")])
-
-
-def test_the_average_is_the_mean_of_eight_accuracies() -> None:
-    rows = {
-        name: {"acc,none": 0.1 * i, "acc_stderr,none": 0.02, "acc_norm,none": 0.1 * i + 0.05} for i, name in
-        enumerate(ACCURACIES)
-    }  # fmt: skip
-    for row in rows.values():
-        row["acc_norm_stderr,none"] = 0.02
-    metrics = paper_average(to_metrics(rows, {name: {"effective": 100} for name in ACCURACIES}))
-    average = metrics["nextlat_paper.average"]
-    assert math.isclose(float(average.value), 0.35)
-    assert average.low is not None
-    del rows["sciq"]
-    assert "nextlat_paper.average" not in paper_average(to_metrics(rows, {}))
-    assert metrics["piqa.acc"] == Metric(0.1, 0.1 - 1.959963984540054 * 0.02, 0.1 + 1.959963984540054 * 0.02, 100)
+        run_harness(harness_lm(Successor()), [str(tmp_path / "absent.yaml")])
 
 
 def test_tasks_without_text_are_refused(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def harness_command(
 ) -> None:
     """Run lm-eval tasks on a run and print what was found."""
     from nextlat.commands import show_metrics
-    from nextlat.hf.harness import evaluate_harness, split_tasks
+    from nextlat.hf.harness import evaluate_harness, remark, split_tasks
     from nextlat.training.trained import load_run
 
     names = split_tasks(tasks)
@@ -40,3 +40,6 @@ def harness_command(
     metrics, file = evaluate_harness(trained, names, limit, batch_size)
     print(f"harness of {run} at step {trained.step}: {file}")
     show_metrics(metrics)
+    said = remark(metrics)
+    if said is not None:
+        print(said)
