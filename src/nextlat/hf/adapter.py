@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,11 +14,14 @@ from nextlat.errors import NextLatError
 from nextlat.model.attention import document_layout, run_index
 from nextlat.model.interfaces import LMOutput, states_at
 from nextlat.objectives.base import StateModel
+from nextlat.objectives.trials import check_packing, close, evaluating, trial
 
 MASKED_ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a mask of one value for every pair of positions."""
 _TRIAL = 8
 """Tokens of the rows that a model is tried on."""
+_FAR = 100.0
+"""A logit that no cap lets through as it is."""
 
 
 class HFModel(StateModel):
@@ -29,11 +32,12 @@ class HFModel(StateModel):
     adapter is made; that packed documents do not see each other, when the first packed rows arrive.
 
     Args:
-        model: any causal language model whose logits are a bias-free linear function of its last state.
+        model: any causal language model whose logits are a bias-free linear function of its last state; peft
+            may have put adapters into its blocks.
 
     Raises:
         NextLatError: no input or output embeddings, widths that differ, a head with a bias, logits that are
-            capped, scaled or otherwise more than head times state.
+            capped, scaled or otherwise more than head times state, adapters in embeddings or head.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -69,11 +73,21 @@ class HFModel(StateModel):
             positions: (T,) or (B, T) positions; by default they count from 0 in each document.
             mask: (T, T) or (B, 1, T, T) bool, True where a query may look.
         """
-        given: dict[str, Any] = {}
         if documents is not None:
             if mask is not None:
                 raise NextLatError("documents cannot be combined with a mask; give one of them")
             self._check_packing(tokens.shape[1])
+        return self._states(tokens, documents, positions, mask)
+
+    def _states(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        given: dict[str, Any] = {}
+        if documents is not None:
             positions, mask = document_layout(documents).positions, document_mask(documents)
         if positions is not None:
             given["position_ids"] = positions if positions.ndim == 2 else positions[None]
@@ -93,13 +107,16 @@ class HFModel(StateModel):
     ) -> LMOutput:
         """Next-token logits, at (B,) positions only if ``logits_at`` names them, and states.
 
-        A cache excludes documents, positions and a mask.
+        A cache excludes documents, positions and a mask; with one, the model decodes, and dropout is off whatever
+        mode it is in.
         """
         if cache is None:
             h = self.hidden_states(tokens, documents, positions, mask)
         elif documents is None and positions is None and mask is None:
             whole, places = cache.extended(tokens)
-            h = self.hidden_states(whole).gather(1, places[..., None].expand(-1, -1, self.head_weight.shape[1]))
+            with evaluating(self.model) if self.model.training else nullcontext():
+                h = self.hidden_states(whole)
+            h = h.gather(1, places[..., None].expand(-1, -1, self.head_weight.shape[1]))
         else:
             raise NextLatError("a Hugging Face model takes a cache with tokens alone: no documents, positions or mask")
         logits = F.linear(states_at(h, logits_at), self.head_weight)
@@ -111,7 +128,14 @@ class HFModel(StateModel):
 
     @property
     def _hf(self) -> Any:
-        return self.model
+        """The model itself: what peft puts around one names its own layers ``base_model``."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def _text_config(self) -> Any:
+        """The configuration of the decoder, which models of several kinds of input keep in a section."""
+        return self._hf.config.get_text_config()
 
     def _as_taken(self, mask: Tensor) -> Tensor:
         """The bool mask as this attention implementation reads it: eager attention adds it to the scores."""
@@ -124,13 +148,19 @@ class HFModel(StateModel):
         return str(self._hf.config._attn_implementation)
 
     def _check_head(self) -> None:
-        name = type(self.model).__name__
+        name = type(self._hf).__name__
         head, table = self._hf.get_output_embeddings(), self._hf.get_input_embeddings()
-        if head is None or table is None or self._hf.base_model is self.model:
+        if head is None or table is None or self._hf.base_model is self._hf:
             raise NextLatError(
                 f"{name} has no body with an output head on top; give a causal language model, such as one of "
                 "AutoModelForCausalLM"
             )
+        for part, module in (("output head", head), ("embedding", table)):
+            if hasattr(module, "base_layer"):  # the mark of a layer that peft adds a trained change to
+                raise NextLatError(
+                    f"the {part} of {name} is an adapter ({type(module).__name__}) whose trained change its weight does "
+                    "not show; leave it out of target_modules"
+                )
         if getattr(head, "bias", None) is not None:
             raise NextLatError(f"the output head of {name} has a bias, and an objective reads its logits as W h alone")
         if head.weight.shape[1] != table.weight.shape[1]:
@@ -138,67 +168,66 @@ class HFModel(StateModel):
                 f"embeddings of {name} are {table.weight.shape[1]} wide and states {head.weight.shape[1]}; "
                 "the latent dynamics needs both of one width"
             )
-        tokens = self._trial_tokens(_TRIAL)
-        with self._trial():
-            expected = self._hf(input_ids=tokens, use_cache=False).logits.float()
-            found = F.linear(self.hidden_states(tokens), self.head_weight).float()
-        if not _close(found, expected, self.embedding_weight.dtype, 8):
+        cap = getattr(self._text_config, "final_logit_softcapping", None)
+        if cap is not None:
             raise NextLatError(
-                f"the logits of {name} are not its output head times its last state (they differ by up to "
-                f"{float((found - expected).abs().max()):.3g}): they are capped, scaled or shifted, and the losses on "
-                "predicted states would not match them. Wrap it in nextlat.TorchModel with states that fit"
+                f"{name} caps its logits (final_logit_softcapping is {cap}), and the losses on predicted states would "
+                "not match them; use a model without a cap, or set it to None and train with that"
             )
+        tokens = (torch.arange(1, _TRIAL + 1, device=table.weight.device) % len(table.weight))[None]
+        with trial(self.model, table.weight.device):
+            expected = self._logits(tokens)
+            found = F.linear(self.hidden_states(tokens), self.head_weight).float()
+            unchanged = self._hands_out_head(tokens)
+        same = found.shape == expected.shape and close(found, expected, self.embedding_weight.dtype, 8)
+        if not (same and unchanged):
+            raise NextLatError(
+                f"the logits of {name} are not its output head times its last state: they are capped, scaled or "
+                "shifted, or more is put before its input, and the losses on predicted states would not match them. "
+                "Wrap it in nextlat.TorchModel with states that fit"
+            )
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits.float()
+
+    def _hands_out_head(self, tokens: Tensor) -> bool:
+        """Whether what the head computes leaves the model as it is.
+
+        Tried with made-up values, because a cap moves small ones by less than bf16 rounds.
+        """
+        given: list[Tensor] = []
+
+        def replace(head: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            wide = torch.linspace(-_FAR, _FAR, output.shape[-1], dtype=output.dtype, device=output.device)
+            given.append(wide.expand_as(output).float())
+            return wide.expand_as(output).clone()
+
+        handle = self._hf.get_output_embeddings().register_forward_hook(replace)
+        try:
+            found = self._logits(tokens)
+        finally:
+            handle.remove()
+        return not given or torch.equal(found, given[0])  # a model may read the weight without calling the module
 
     def _check_packing(self, length: int) -> None:
         """Refuse packed rows where documents would see each other."""
-        name = type(self.model).__name__
+        name = type(self._hf).__name__
         attention = self._attention()
         if attention not in MASKED_ATTENTION:
             raise NextLatError(
                 f"packed documents need a mask for every pair of positions, and {name} uses {attention!r} attention; "
                 "load it with attn_implementation='sdpa', or train on rows of one document (documents=None)"
             )
-        window = getattr(self._hf.config, "sliding_window", None)
+        window = getattr(self._text_config, "sliding_window", None)
         if window is not None and length > window:
             raise NextLatError(
                 f"rows of {length} tokens are longer than the sliding window ({window}) of {name}, which a mask for "
                 "packed documents would widen; pack shorter rows, or train on rows of one document (documents=None)"
             )
-        if self._packs:
-            return
-        half = _TRIAL // 2
-        one = self._trial_tokens(_TRIAL)
-        tokens = torch.cat([one, torch.cat([one[:, half:], one[:, half:]], 1)])  # one document behind two others
-        documents = torch.arange(_TRIAL, device=tokens.device).expand(2, -1) // half
-        self._packs = True  # the trial itself passes here
-        with self._trial():
-            packed = self.hidden_states(tokens, documents)[:, half:].float()
-            alone = self.hidden_states(one[:, half:]).float()
-        dtype = self.embedding_weight.dtype
-        # whatever lies before must not matter at all; another kernel may round in another way
-        self._packs = _close(packed[:1], packed[1:], dtype, 1) and _close(packed[:1], alone, dtype, 16)
         if not self._packs:
-            raise NextLatError(
-                f"a document packed behind another gets other states in {name} than alone: it does not keep to "
-                "the mask or the positions it is given. Train on rows of one document (documents=None)"
-            )
-
-    def _trial_tokens(self, length: int) -> Tensor:
-        vocabulary = len(self.embedding_weight)
-        return (torch.arange(1, length + 1, device=self.embedding_weight.device) % vocabulary)[None]
-
-    @contextmanager
-    def _trial(self) -> Iterator[None]:
-        """No gradient, no dropout, no autocast; every module's mode is as before afterwards."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        device = self.embedding_weight.device.type
-        try:
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+            check_packing(self._hf, self._states, self.embedding_weight, _TRIAL)
+            self._packs = True
 
 
 class TokenCache:
@@ -250,9 +279,3 @@ def document_mask(documents: Tensor) -> Tensor:
 def is_hf_model(model: nn.Module) -> bool:
     """Whether a module looks like a causal language model of the transformers library."""
     return all(hasattr(model, name) for name in ("get_input_embeddings", "get_output_embeddings", "base_model"))
-
-
-def _close(found: Tensor, expected: Tensor, dtype: torch.dtype, roundings: int) -> bool:
-    """Equal up to so many roundings of the largest value in this dtype."""
-    limit = roundings * torch.finfo(dtype).eps * (1 + float(expected.abs().max()))
-    return bool(((found - expected).abs() <= limit).all())

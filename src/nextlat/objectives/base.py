@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model.interfaces import CausalLM, Drafter
 from nextlat.model.trunk import Transformer
+from nextlat.objectives.trials import check_packing
 from nextlat.options import Options as BaseOptions
 
 
@@ -51,12 +52,15 @@ class StateModel(nn.Module):
 class TorchModel(StateModel):
     """Presents any torch language model through the three things an objective needs.
 
+    At the first packed rows it is tried: a document behind another must get the states it gets alone. It cannot be
+    decoded: of the model only states are known, so use its own code for that.
+
     Args:
         model: the module that is trained and saved.
         hidden: ``hidden(tokens, documents) -> (B, T, D)``, the states the output head reads. ``documents`` is
             ``None`` unless packed rows are trained.
         embedding: ``embedding() -> (V, D)``, the input embedding table.
-        head: ``head() -> (V, D)``, the output head.
+        head: ``head() -> (V, D)``, the output head; a bias beside it would not be seen.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class TorchModel(StateModel):
         super().__init__()
         self.model = model
         self._hidden, self._embedding, self._head = hidden, embedding, head
+        self._packs = False
 
     @property
     def embedding_weight(self) -> Tensor:
@@ -82,7 +87,17 @@ class TorchModel(StateModel):
 
     def hidden_states(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """(B, T, D) the states the output head reads."""
+        if documents is not None and not self._packs and tokens.shape[1] > 1:
+            check_packing(self.model, self._hidden, self.embedding_weight, tokens.shape[1])
+            self._packs = True
         return self._hidden(tokens, documents)
+
+    def new_cache(self, rows: int, capacity: int) -> NoReturn:
+        """Refuse to be decoded."""
+        raise NextLatError(
+            f"{type(self.model).__name__} is known by its states only and cannot be decoded through nextlat.TorchModel; "
+            "generate with the model's own code"
+        )
 
 
 class Objective(nn.Module):
