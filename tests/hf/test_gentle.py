@@ -171,3 +171,22 @@ def test_the_schedule_is_part_of_the_state() -> None:
 def test_impossible_schedules_are_refused(options: dict[str, Any], part: str) -> None:
     with pytest.raises(NextLatError, match=part):
         gentle(**options)
+
+
+@pytest.mark.parametrize("ablation", ["stop_target", "stop_head"])
+def test_a_cap_is_refused_where_auxiliary_gradients_reach_the_model_beside_the_rollout(ablation: str) -> None:
+    with pytest.raises(NextLatError, match=f"gradient_cap is 0.5 and {ablation} is false"):
+        gentle(gradient_cap=0.5, **{ablation: False})
+    gentle(**{ablation: False})
+
+
+def test_the_states_of_the_warm_up_are_without_dropout_and_those_behind_it_are_not() -> None:
+    model = gpt2(resid_pdrop=0.5)
+    objective = gentle(model, warmup_steps=1)
+    objective.train()
+    one, other = (objective(rows())["ce"].sum for _ in range(2))
+    assert torch.equal(one, other)
+    assert model.transformer.h[0].attn.resid_dropout.training
+    objective.advance()
+    one, other = (objective(rows())["ce"].sum for _ in range(2))
+    assert one != other

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.objectives.base import Term
 from nextlat.objectives.nextlat import NextLat, nextlat_sums
+from nextlat.objectives.trials import constant
 
 
 class GentleNextLat(NextLat):
     """:class:`NextLat` in two phases, with weights that are functions of the step.
 
-    1. **Warm-up**: only p_psi is trained. States, embeddings and head are constants, and the cross-entropy is
-       reported with weight 0 and without a gradient, so that not even weight decay touches the model.
+    1. **Warm-up**: only p_psi is trained. States, embeddings and head are constants, without dropout, and the
+       cross-entropy is reported with weight 0 and without a gradient, so that not even weight decay touches the model.
     2. **Joint**: the objective as it is, its auxiliary weights raised from ``1 / ramp_steps`` to 1 of their
        values, and its gradient into the states held to a share of that of the cross-entropy.
 
@@ -41,8 +43,8 @@ class GentleNextLat(NextLat):
         options: as for :class:`NextLat`.
 
     Raises:
-        NextLatError: a negative number of steps, a threshold or cap that is not above 0, or ``warmup_kl`` without
-            a KL term or without ``warmup_steps``.
+        NextLatError: a negative number of steps, a threshold or cap that is not above 0, ``warmup_kl`` without a KL
+            term or without ``warmup_steps``, or a cap with targets or a head that are live.
     """
 
     def __init__(
@@ -65,6 +67,12 @@ class GentleNextLat(NextLat):
                 raise NextLatError(f"{name} is {value}; it must be a finite number above 0, or None for off")
         if warmup_kl is not None and not (self.weights["kl"] and warmup_steps):
             raise NextLatError("warmup_kl ends a warm-up by its KL: give warmup_steps >= 1 and a kl_weight above 0")
+        live = [name for name in ("stop_target", "stop_head") if not self.options[name]]
+        if gradient_cap is not None and live:
+            raise NextLatError(
+                f"gradient_cap is {gradient_cap} and {live[0]} is false: auxiliary gradients that reach the model beside "
+                "the rollout would count as the cross-entropy's, or not at all; leave gradient_cap or the ablation out"
+            )
         self.warmup_steps, self.warmup_kl = warmup_steps, warmup_kl
         self.ramp_steps, self.gradient_cap = ramp_steps, gradient_cap
         self.steps_made = 0
@@ -104,7 +112,7 @@ class GentleNextLat(NextLat):
     def forward(self, batch: Batch, scale: Mapping[str, float] | None = None) -> dict[str, Term]:
         """The terms of this phase; names, sums and counts are those of :class:`NextLat`."""
         alone = self.warming_up
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
+        with constant(self.model) if alone else nullcontext():
             hidden = self.model.hidden_states(batch.tokens, batch.documents)
         table, head = self.model.embedding_weight, self.model.head_weight
         if alone:
