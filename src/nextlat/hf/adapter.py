@@ -158,8 +158,8 @@ class HFModel(StateModel):
         for part, module in (("output head", head), ("embedding", table)):
             if hasattr(module, "base_layer"):  # the mark of a layer that peft adds a trained change to
                 raise NextLatError(
-                    f"the {part} of {name} is an adapter ({type(module).__name__}) whose trained change its weight does "
-                    "not show; leave it out of target_modules"
+                    f"the {part} of {name} is an adapter ({type(module).__name__}) whose trained change its weight "
+                    "does not show; leave it out of target_modules"
                 )
         if getattr(head, "bias", None) is not None:
             raise NextLatError(f"the output head of {name} has a bias, and an objective reads its logits as W h alone")

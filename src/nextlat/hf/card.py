@@ -7,24 +7,25 @@ from typing import Any
 
 import yaml
 
+from nextlat.hf.parity import TOLERANCE, Parity
 from nextlat.hf.tokenizer import task_tokenizer
 from nextlat.training.trained import Trained
 
 
-def model_card(trained: Trained, facts: Mapping[str, Any], difference: float) -> str:
+def model_card(trained: Trained, facts: Mapping[str, Any], parity: Parity) -> str:
     """Markdown: what the model is, how to load it, its numbers, where they come from, and what is not claimed.
 
     Args:
         trained: the run.
         facts: the export's record of it.
-        difference: largest difference of logits between the run and the folder.
+        parity: differences of logits between the run and the folder.
     """
     tokenizer = task_tokenizer(trained.built.task) is not None
     return "\n".join(
         [
             "---",
             "library_name: transformers",
-            "pipeline_tag: text-generation",
+            *(["pipeline_tag: text-generation"] if trained.built.task.next_token else []),
             f"tags: [nextlat, {trained.config.objective}, {trained.config.task}]",
             "---",
             "",
@@ -41,13 +42,12 @@ def model_card(trained: Trained, facts: Mapping[str, Any], difference: float) ->
             *(_SPEAK if tokenizer else []),
             "```",
             "",
-            f"Weights are {facts['dtype']}. Before this folder was put in its place, its logits, computed by "
-            f"transformers in fp32, were compared with those of the run: they differ by at most {difference:.2g}, and "
-            "greedy continuations are the same.",
+            _checked(trained, facts["dtype"], parity),
             "",
             *_dynamics(trained),
             "## Measured",
             "",
+            *(["Measured in float32, before the weights were rounded.", ""] if facts["dtype"] != "float32" else []),
             *_numbers(facts["evaluations"]),
             "",
             "## Trained",
@@ -98,6 +98,21 @@ def _what(trained: Trained, tokenizer: bool) -> list[str]:
             + ("." if task.end_token is None else f"; {task.end_token} ends an answer.")
         )
     return lines
+
+
+def _checked(trained: Trained, dtype: str, parity: Parity) -> str:
+    run = "the run" if dtype == "float32" else f"the run with weights rounded to {dtype}"
+    text = (
+        f"Weights are {dtype}. Before this folder was put in its place, its logits, computed by transformers in fp32, "
+        f"were compared with those of {run}: they differ by at most {parity.single:.2g}"
+    )
+    if parity.double is not None:
+        text += (
+            f". That is how fp32 rounds logits of this size; with both models in float64, they differ by at most "
+            f"{parity.double:.2g}, within the limit of {TOLERANCE:g}"
+        )
+    greedy = ". Greedy continuations are the same." if trained.built.task.next_token else "."
+    return text + greedy
 
 
 def _dynamics(trained: Trained) -> list[str]:

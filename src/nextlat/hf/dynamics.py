@@ -10,7 +10,7 @@ from torch import nn
 
 from nextlat.errors import NextLatError
 from nextlat.files import explained, write_json
-from nextlat.hf.llama import read_json
+from nextlat.hf.llama import FORMAT, read_facts
 from nextlat.objectives.dynamics import DYNAMICS, find_dynamics
 
 WEIGHTS, DESCRIPTION = "nextlat_dynamics.safetensors", "nextlat_dynamics.json"
@@ -41,7 +41,7 @@ def save_dynamics(folder: Path | str, dynamics: nn.Module, horizon: int) -> None
     write_json(
         folder / DESCRIPTION,
         {
-            "format": 1,
+            "format": FORMAT,
             "kind": kind,
             "width": twice // 2,
             "hidden_dim": hidden_dim,
@@ -57,10 +57,10 @@ def load_dynamics(folder: Path | str) -> nn.Module:
     """The latent dynamics that lies in a model's folder, in evaluation mode on the CPU, in the dtype it was saved in.
 
     Raises:
-        NextLatError: there is none, or it is damaged.
+        NextLatError: there is none, or it is damaged, or of another format.
     """
     folder = Path(folder)
-    description = read_json(folder / DESCRIPTION)
+    description = read_facts(folder / DESCRIPTION, {"kind": str, "width": int, "hidden_dim": int})
     try:
         weights = load_file(folder / WEIGHTS)
         dynamics = find_dynamics(description["kind"])(description["width"], description["hidden_dim"])

@@ -70,8 +70,9 @@ class GentleNextLat(NextLat):
         live = [name for name in ("stop_target", "stop_head") if not self.options[name]]
         if gradient_cap is not None and live:
             raise NextLatError(
-                f"gradient_cap is {gradient_cap} and {live[0]} is false: auxiliary gradients that reach the model beside "
-                "the rollout would count as the cross-entropy's, or not at all; leave gradient_cap or the ablation out"
+                f"gradient_cap is {gradient_cap} and {live[0]} is false: auxiliary gradients that reach the model "
+                "beside the rollout would count as the cross-entropy's, or not at all; leave gradient_cap or the "
+                "ablation out"
             )
         self.warmup_steps, self.warmup_kl = warmup_steps, warmup_kl
         self.ramp_steps, self.gradient_cap = ramp_steps, gradient_cap

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from nextlat.model.norm import EPS
 from nextlat.model.trunk import INIT_STD, ROPE_BASE, Transformer, feed_forward_width
 
 WEIGHTS = "model.safetensors"
+FORMAT = 1
+"""Of the files that only this library reads: the record of a run, and the description of a latent dynamics."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -58,7 +61,9 @@ def llama_config(
         "eos_token_id": end_token,
         "pad_token_id": None,  # a padding id would freeze its row of the embedding when the model is trained on
         "use_cache": True,
+        # the name since transformers 4.56, and the one that everything older reads
         "dtype": dtype,
+        "torch_dtype": dtype,
     }
 
 
@@ -128,6 +133,27 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise NextLatError(f"{file} holds a {type(data).__name__}, not an object; export the model again")
     return data
+
+
+def read_facts(file: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """A JSON object of this library's, with at least these entries.
+
+    Raises:
+        NextLatError: another format, an entry that is missing or of another type.
+    """
+    facts = read_json(file)
+    if facts.get("format") != FORMAT:
+        raise NextLatError(
+            f"{file} has format {facts.get('format')!r}, and this version of nextlat reads {FORMAT}; read it with the "
+            "version that wrote it, or export the run again"
+        )
+    for name, kind in kinds.items():
+        if not isinstance(facts.get(name), kind):
+            raise NextLatError(
+                f"{file} has {facts.get(name)!r} as {name!r}, and it must be of type {kind.__name__}; export the run "
+                "again"
+            )
+    return facts
 
 
 def _check_architecture(config: dict[str, Any], folder: Path) -> None:

@@ -95,8 +95,8 @@ class TorchModel(StateModel):
     def new_cache(self, rows: int, capacity: int) -> NoReturn:
         """Refuse to be decoded."""
         raise NextLatError(
-            f"{type(self.model).__name__} is known by its states only and cannot be decoded through nextlat.TorchModel; "
-            "generate with the model's own code"
+            f"{type(self.model).__name__} is known by its states only and cannot be decoded through "
+            "nextlat.TorchModel; generate with the model's own code"
         )
 
 
