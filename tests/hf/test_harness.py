@@ -15,7 +15,7 @@ from nextlat import NextLatError
 from nextlat.cli import app
 from nextlat.hf import export_run, run_harness
 from nextlat.hf.harness import ACCURACIES, PAPER_TASKS, find_tasks, split_tasks
-from nextlat.statistics import proportion
+from nextlat.statistics import Metric, proportion
 from nextlat.training.trained import load_run
 from tests.hf.harness_parts import (
     CHOICE,
@@ -39,8 +39,11 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 def test_a_model_that_prefers_the_right_answer_scores_one(tmp_path: Path) -> None:
     file = write(tmp_path, "letters", CHOICE, QUESTIONS)
-    found = run_harness(harness_lm(Successor()), [str(file)])
+    lm = harness_lm(Successor())
+    found = run_harness(lm, [str(file)])
     assert found["letters.acc"].value == found["letters.acc_norm"].value == 1.0
+    assert found["letters.cut_contexts"] == Metric(2.0, n=9)
+    assert run_harness(lm, [str(file)]) == found  # counts are of one call
     assert found["letters.acc"].n == 4
     assert found["letters.acc"].low == proportion(4, 4)[1] < 0.6  # 4 of 4 is not certain to be all
     wrong = [{**line, "label": (line["label"] + 1) % 2} for line in QUESTIONS]

@@ -173,7 +173,11 @@ def test_the_end_token_ends_an_answer_and_opens_an_empty_prompt() -> None:
     lm = harness_lm(Successor({ord("e"): END, END: ord("q")}))
     assert written(lm, "a", "c", "", max_gen_toks=6) == ["bcde", "de", "qrstuv"]
     assert lm.counted() == {}
-    assert written(harness_lm(Successor({ord("e"): END}), longest=8), "b") == ["cde"]
+    model = Successor({ord("e"): END})
+    lm = harness_lm(model, longest=8)
+    assert written(lm, "b", "K") == ["cde", "LMNOPQR"]
+    assert lm.counted() == {"t.cut_answers": Metric(1.0, n=2)}  # that of K
+    assert (1, 1) in model.rows  # the row that has ended is not computed further
 
 
 @pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
