@@ -93,9 +93,18 @@ def evaluate(
     """
     names = names or []
     others = [name for name in names if name not in ("harness", "speculative")]
-    for option, value, name in (("--tasks", tasks, "harness"), ("--domains", domains, "speculative")):
-        if value is not None and name not in names:
+    for option, given, name in (
+        ("--tasks", tasks is not None, "harness"),
+        ("--limit", limit is not None, "harness"),
+        ("--domains", domains is not None, "speculative"),
+        ("--draft-tokens", draft_tokens is not None, "speculative"),
+        ("--draft-int8", draft_int8, "speculative"),
+    ):
+        if given and name not in names:
             raise NextLatError(f"{option} belongs to {name}: nextlat evaluate RUN {name} {option} ...")
+    for option, given in (("--split", split is not None), ("--dynamics", dynamics != "own")):
+        if given and names and not others:
+            raise NextLatError(f"{option} says nothing to {' and '.join(names)}; leave it out")
     if others or not names:
         from nextlat.commands import evaluate_command
 

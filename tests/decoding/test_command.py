@@ -147,6 +147,9 @@ def test_a_survey_of_a_task_without_text(kept: dict[str, Path]) -> None:
     assert "no drafter" not in out
     assert "which drafts nothing" in str(call("evaluate", kept["gpt"], "speculative").exception)
     assert "--domains belongs to speculative" in str(call("evaluate", kept["gpt"], "--domains", "code").exception)
+    assert "--draft-int8 belongs to speculative" in str(call("evaluate", kept["gpt"], "--draft-int8").exception)
+    unheard = call("evaluate", kept["nextlat"], "speculative", "--split", "train")
+    assert "--split says nothing to speculative; leave it out" in str(unheard.exception)
 
 
 def test_a_survey_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,7 @@ def test_a_folder_of_tasks_is_all_of_them(tmp_path: Path) -> None:
     write(tmp_path, "one", CHOICE, QUESTIONS)
     write(tmp_path, "two", CHOICE, QUESTIONS)
     (tmp_path / "group.yaml").write_text("group: both\ntask:\n  - one\n  - two\n", encoding="utf-8")
+    (tmp_path / "single.yaml").write_text("group: single\ntask: one\n", encoding="utf-8")
     (tmp_path / "common.yaml").write_text("test_split: test\n", encoding="utf-8")
     (tmp_path / "three.yml").write_text("task: 'my task'\n", encoding="utf-8")
     found = {"one": "one.yaml", "two": "two.yaml", "my task": "three.yml"}
