@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM, Llam
 
 from nextlat import GPT, NextLat, NextLatError, generate, total_loss
 from nextlat.batch import Batch
+from nextlat.decoding import Static
 from nextlat.hf import HFModel
 from nextlat.objectives import JTP
 from tests.hf.models import MODELS, V, gpt2, llama, qwen, rows, same_llama, trunk
@@ -119,6 +120,11 @@ def test_jtp_trains_on_a_hugging_face_model_too() -> None:
     expected, found = ours(rows()), theirs(rows())
     for name in expected:
         torch.testing.assert_close(found[name].sum, expected[name].sum, rtol=1e-5, atol=1e-5)
+    prompts = rows().tokens[:, :5]
+    expected_text = generate(ours.as_lm(), prompts, 9)
+    assert torch.equal(generate(theirs.as_lm(), prompts, 9), expected_text)
+    drafted = generate(theirs.as_lm(), prompts, 9, drafter=theirs.drafter(), policy=Static(2))
+    assert torch.equal(drafted, expected_text)
 
 
 def test_dropout_is_left_as_it_was_set() -> None:

@@ -159,8 +159,15 @@ def test_prompts_stay_whole_and_answers_take_the_room_that_is_left() -> None:
     lm.counts.clear()
     assert written(lm, "ABCDEF", "a", until=["I"]) == ["GH", "bcdefghijkl"]
     assert lm.counted() == {"t.cut_answers": Metric(1.0, n=2)}
-    with pytest.raises(NextLatError, match="a prompt of t has 12 tokens and leaves no room"):
-        written(lm, "a" * 12)
+
+
+def test_a_prompt_that_fills_the_row_loses_its_beginning_and_is_counted() -> None:
+    model = Successor()
+    lm = harness_lm(model, longest=12)
+    assert written(lm, "0123456789AB", max_gen_toks=3) == ["CDE"]
+    assert written(lm, "0123456789ABCDEFG", max_gen_toks=50) == ["HIJKLM"]
+    assert [rows[1] for rows in model.rows if rows[1] > 1] == [9, 6]
+    assert lm.counted() == {"t.cut_contexts": Metric(2.0, n=2), "t.cut_answers": Metric(1.0, n=2)}
 
 
 def test_answers_do_not_depend_on_the_batch() -> None:

@@ -64,6 +64,7 @@ class HFModel(StateModel):
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
+        cache: TokenCache | None = None,
     ) -> Tensor:
         """(B, T, D) states after the final norm.
 
@@ -72,7 +73,18 @@ class HFModel(StateModel):
             documents: (B, T) ids of packed documents; excludes ``mask``.
             positions: (T,) or (B, T) positions; by default they count from 0 in each document.
             mask: (T, T) or (B, 1, T, T) bool, True where a query may look.
+            cache: what came before each row; excludes all the others. With one the model decodes, and dropout is off
+                whatever mode it is in.
         """
+        if cache is not None:
+            if documents is not None or positions is not None or mask is not None:
+                raise NextLatError(
+                    "a Hugging Face model takes a cache with tokens alone: no documents, positions or mask"
+                )
+            whole, places = cache.extended(tokens)
+            with evaluating(self.model) if self.model.training else nullcontext():
+                states = self._states(whole)
+            return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
         if documents is not None:
             if mask is not None:
                 raise NextLatError("documents cannot be combined with a mask; give one of them")
@@ -105,20 +117,8 @@ class HFModel(StateModel):
         cache: TokenCache | None = None,
         logits_at: Tensor | None = None,
     ) -> LMOutput:
-        """Next-token logits, at (B,) positions only if ``logits_at`` names them, and states.
-
-        A cache excludes documents, positions and a mask; with one, the model decodes, and dropout is off whatever
-        mode it is in.
-        """
-        if cache is None:
-            h = self.hidden_states(tokens, documents, positions, mask)
-        elif documents is None and positions is None and mask is None:
-            whole, places = cache.extended(tokens)
-            with evaluating(self.model) if self.model.training else nullcontext():
-                h = self.hidden_states(whole)
-            h = h.gather(1, places[..., None].expand(-1, -1, self.head_weight.shape[1]))
-        else:
-            raise NextLatError("a Hugging Face model takes a cache with tokens alone: no documents, positions or mask")
+        """Next-token logits, at (B,) positions only if ``logits_at`` names them, and :meth:`hidden_states`."""
+        h = self.hidden_states(tokens, documents, positions, mask, cache)
         logits = F.linear(states_at(h, logits_at), self.head_weight)
         return LMOutput(logits, hidden=h, cache=cache, probe_state=h)  # type: ignore[arg-type]
 

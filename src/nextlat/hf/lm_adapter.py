@@ -169,23 +169,24 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop text, the end token or as many tokens as asked for and fit behind the prompt.
 
+        A prompt that fills the row loses its beginning, which is counted: the answer gets the room it asks for, half
+        a row at most.
+
         Raises:
-            NextLatError: a prompt that fills the row, or an option that is not known here.
+            NextLatError: an option that is not known here.
         """
         prompts = []
         alike: dict[tuple[Wish, int], list[int]] = {}
         for place, request in enumerate(requests):
             context, options = request.args
             tokens = self.tok_encode(context)
-            self._count(request, context, tokens)
+            counts = self._count(request, context, tokens)
+            wish = read_wish(options)
+            if len(tokens) >= self.longest:
+                tokens = tokens[-(self.longest - min(wish.most, self.longest // 2)) :]
+                counts["cut_contexts"] += 1
             prompts.append(tokens or [self.eot_token_id])
-            wish, room = read_wish(options), self.longest - len(prompts[-1])
-            if room < 1:
-                raise NextLatError(
-                    f"a prompt of {request.task_name} has {len(prompts[-1])} tokens and leaves no room for an answer: "
-                    f"the run was trained on rows of {self.longest}; choose a task of shorter prompts, or a run of "
-                    "longer rows"
-                )
+            room = self.longest - len(prompts[-1])
             # one limit a batch, so that answers do not depend on what else is in it and no row outgrows its room
             alike.setdefault((wish, min(wish.most, room)), []).append(place)
         texts = [""] * len(requests)
