@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from nextlat.bench.decode import Small, bound, share_of_bound
 from nextlat.bench.results import Result
 from nextlat.decoding.adaptive import CostAware
-from nextlat.decoding.cheap import cheaper, count_targets, frequent_tokens
-from nextlat.decoding.command import COUNTED_STEPS, load, longest_draft, need_drafter, prepared
+from nextlat.decoding.command import CheapDrafts, load, longest_draft, need_drafter, prepared, spared
 from nextlat.decoding.costs import Costs
 from nextlat.decoding.policies import Policy, Static
 from nextlat.decoding.sampling import Sampling
@@ -185,17 +184,16 @@ def adaptive_against_static(one: Contender, temperature: float) -> Iterator[Resu
 
 def cheap_drafts(one: Contender, count: int, sampling: Sampling) -> Iterator[Result]:
     """What fewer tokens to draft from, and 8 bits, cost in kept tokens, with drafts of one length on held-out text."""
-    task, config = one.trained.built.task, one.trained.config
+    task = one.trained.built.task
     length = task.sequence_length // 2
     texts = domain_prompts("held_out", task, task_tokenizer(task), count, length, one.trained.path)
-    counts = count_targets(task, config.training.batch_size, min(COUNTED_STEPS, config.training.steps))
-    drafters = {"all tokens": one.drafter, "int8": cheaper(one.drafter, int8=True)}
-    for share in (2, 4, 8):
-        size = max(1, task.vocab_size // share)
-        drafters[f"{size:,} of {task.vocab_size:,} tokens"] = cheaper(one.drafter, frequent_tokens(counts, size))
+    ways = {"all tokens": CheapDrafts(), "int8": CheapDrafts(int8=True)}
+    for size in (max(1, task.vocab_size // share) for share in (2, 4, 8)):
+        ways[f"{size:,} of {task.vocab_size:,} tokens"] = CheapDrafts(size)
     drafted = min(CHEAP_LENGTH, longest_draft(one.drafter))
     kept = {}
-    for name, drafter in drafters.items():
+    for name, cheap in ways.items():
+        drafter = spared(one.trained, one.drafter, cheap)
         arm = measure_domain(one.fast, drafter, texts, length, sampling, {"fixed": partial(Static, drafted)})["fixed"]
         kept[name] = sum(arm.statistics.accepted) / max(arm.statistics.rounds, 1)
     for name, value in kept.items():
