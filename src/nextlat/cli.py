@@ -76,8 +76,8 @@ def evaluate(
     domains: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="For speculative, with commas: held_out, prose, code, documentation, arithmetic, or from the hub "
-            "wikipedia, books, hub_code, mathematics, or files of text. Default: all that need no connection."
+            help="For speculative, with commas: held_out, prose, code, documentation, arithmetic, mixed, or from the "
+            "hub wikipedia, books, hub_code, mathematics, or files of text. Default: all that need no connection."
         ),
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="For speculative: prompts of a domain.")] = 8,

@@ -25,7 +25,7 @@ def test_every_local_domain_has_prompts_of_its_own_text() -> None:
     made = {
         name: domain_prompts(name, TASK, TOKENIZER, 3, 24, Path())
         for name in domain_names(TASK, TOKENIZER)
-        if name != "held_out"
+        if name not in ("held_out", "mixed")
     }
     assert list(made) == list(LOCAL)
     for texts in made.values():
@@ -40,6 +40,16 @@ def test_held_out_prompts_are_the_beginnings_of_held_out_rows() -> None:
     whole = TASK.whole().tokens
     found = domain_prompts("held_out", TASK, None, 5, 6, Path())
     assert torch.equal(torch.stack(found), whole[:5, :6])
+
+
+def test_a_mix_takes_turns_among_all_kinds() -> None:
+    kinds = ["held_out", *LOCAL]
+    stream: Any = Stream(torch.arange(4000) % 7, 64, 257)
+    found = domain_prompts("mixed", stream, TOKENIZER, 7, 24, Path())
+    expected = [domain_prompts(kind, stream, TOKENIZER, 2, 24, Path()) for kind in kinds]
+    assert len(found) == 7
+    for place, prompt in enumerate(found):
+        assert torch.equal(prompt, expected[place % 5][place // 5])
 
 
 def test_prompts_of_a_file_come_from_all_of_it(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def corpus_of(domain: str) -> str | None:
 
 LOCAL = ("prose", "code", "documentation", "arithmetic")
 """Text that is on this machine."""
+MIXED = "mixed"
+"""The held-out part and :data:`LOCAL` in turn: what serves several kinds of text meets them in any order."""
 
 
 class Remote(NamedTuple):
@@ -67,7 +69,7 @@ HUB = {
 
 def domain_names(task: Task, tokenizer: Tokenizer | None) -> list[str]:
     """The domains that a task can be measured on without a connection."""
-    return ["held_out", *LOCAL] if tokenizer is not None else ["held_out"]
+    return ["held_out", *LOCAL, MIXED] if tokenizer is not None else ["held_out"]
 
 
 def domain_prompts(
@@ -76,8 +78,8 @@ def domain_prompts(
     """Prompts of one domain.
 
     Args:
-        name: ``held_out``: the task's own held-out part; one of :data:`LOCAL`, less what the model was trained on; one
-            of :data:`HUB`; or a path of text.
+        name: ``held_out``: the task's own held-out part; one of :data:`LOCAL`, less what the model was trained on;
+            ``mixed``: these in turn; one of :data:`HUB`; or a path of text.
         task: the benchmark that the model was trained on.
         tokenizer: its tokenizer, if it has one.
         count: how many prompts.
@@ -92,6 +94,11 @@ def domain_prompts(
     """
     if name == "held_out":
         return _held_out(task, count, length)
+    if name == MIXED:
+        kinds = [kind for kind in domain_names(task, tokenizer) if kind != MIXED]
+        each = -(-count // len(kinds))
+        made = [domain_prompts(kind, task, tokenizer, each, length, folder) for kind in kinds]
+        return [prompt for together in zip(*made, strict=True) for prompt in together][:count]
     if tokenizer is None:
         raise NextLatError(f"domain {name!r} is text, and this task has no tokenizer; measure held_out")
     windows = []
@@ -134,5 +141,5 @@ def _texts(name: str, task: Task, folder: Path) -> Iterator[str]:
         return read_documents([path], Reading(column=remote.column))
     if Path(name).exists():
         return read_documents(find_files([Path(name)]))
-    known = ", ".join(["held_out", *LOCAL, *HUB])
+    known = ", ".join(["held_out", *LOCAL, MIXED, *HUB])
     raise NextLatError(f"unknown domain {name!r}; choose {known}, or a file or folder of text")
