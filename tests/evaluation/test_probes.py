@@ -18,7 +18,17 @@ from nextlat.errors import NextLatError
 from nextlat.evaluation import ngrams
 from nextlat.evaluation.decodability import decodability, ridge_classifier
 from nextlat.evaluation.ngrams import Skipgrams
-from nextlat.evaluation.probes import exact, fit, gradient, negative_log_likelihood, pairs, probes
+from nextlat.evaluation.probes import (
+    exact,
+    fit,
+    gradient,
+    negative_log_likelihood,
+    pairs,
+    probes,
+    states_of,
+    training_batches,
+    whiten,
+)
 from nextlat.statistics import Metric
 from nextlat.tasks.base import Passages
 from tests.evaluation.models import subject
@@ -157,6 +167,28 @@ def test_the_scale_of_states_does_not_matter() -> None:
     assert all(value(one, name) == pytest.approx(value(other, name), rel=1e-5) for name in one)
 
 
+def test_how_states_are_stretched_does_not_matter() -> None:
+    """The token lies in directions a hundred times shorter than one that says nothing, as training may leave them."""
+    task = Stream(torch.arange(1201) % 8, 20, 8, end_token=None)
+    plain, stretched = (
+        measured(task, States(lambda tokens, documents=None, s=s: s * last_token(8)(tokens) + 1, 8), steps=30)
+        for s in (1.0, 0.01)
+    )
+    for offset in (1, 2, 3):
+        assert value(plain, f"probe_ce_{offset}") < 0.1
+        assert value(stretched, f"probe_ce_{offset}") < 0.1
+
+
+def test_whitened_states_are_white() -> None:
+    task = Stream(random_stream(4000), 20, 5)
+    stretch = torch.tensor([1.0, 30.0, 0.01, 2.0, 5.0])
+    model = States(lambda tokens, documents=None: last_token(5)(tokens) * stretch + 3, 5)
+    found = subject(task, model, probes=ProbeOptions(offsets=1, steps=30, batch_size=8))
+    states = torch.cat([states_of(found, batch).flatten(0, 1) for batch in training_batches(found)])
+    white = (states @ whiten(found)).double()
+    assert torch.allclose(white.T @ white / len(white), torch.eye(5).double(), atol=0.2)
+
+
 def test_both_kinds_of_pairs_are_trained_and_measured_apart() -> None:
     """Documents of 4: behind a boundary the token is a coin toss, before it the next number."""
     generator = torch.Generator().manual_seed(0)
@@ -286,7 +318,8 @@ def test_probes_see_the_first_rows_of_each_training_step() -> None:
     task = Stream(random_stream(600), 20, 5)
     options = ProbeOptions(offsets=1, steps=3, batch_size=4)
     fit(subject(task, States(constant, 5), probes=options))
-    assert task.asked == [(0, 0, 4), (1, 0, 4), (2, 0, 4)]
+    assert task.asked[-3:] == [(0, 0, 4), (1, 0, 4), (2, 0, 4)]
+    assert set(task.asked) == set(task.asked[-3:])
 
 
 def test_offsets_beyond_the_row_and_models_without_a_probe_state_are_refused() -> None:

@@ -2,8 +2,8 @@
 
 The model is frozen. For each offset k a matrix without bias maps the state at t to logits of the token at t + k; all
 offsets are trained together on shared states, by AdamW with a rate that falls linearly to zero, from zero weights. The
-problem is convex, so the weights' start decides nothing, and states are divided by their root mean square first, so
-that a rate means the same for every objective.
+problem is convex, so the weights' start decides nothing. States are whitened first: what a linear map can read does
+not depend on how states are scaled and stretched, but how soon training finds it does, and objectives differ in that.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from nextlat.objectives.positions import counted, token_positions
 from nextlat.objectives.token_losses import rows_per_block
 from nextlat.statistics import Metric
 
+WHITENED_BY = 64
+"""Positions for each entry of a state from which the whitening is computed."""
+FLOOR = 1e-6
+"""Directions of less variance than this share of the mean are not stretched to one."""
 PREFIX = {"document": "probe", "row": "probe_row"}
 """Names of the metrics of each kind of pairs."""
 
@@ -63,7 +67,7 @@ def probes(subject: Subject) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
     fitted, tables = fit(subject)
     for kind in options.pairs:
-        metrics |= measure(subject, kind, fitted.scale, fitted.weights[kind], tables[kind])
+        metrics |= measure(subject, kind, fitted.whitening, fitted.weights[kind], tables[kind])
     if task.slots:
         metrics |= decodability(subject, task)
     return metrics
@@ -72,8 +76,8 @@ def probes(subject: Subject) -> dict[str, Metric]:
 class Fitted(NamedTuple):
     """Trained probes."""
 
-    scale: float
-    """What states are divided by."""
+    whitening: Tensor
+    """(D, D) what states are multiplied with."""
     weights: dict[str, Tensor]
     """For each kind of pairs (K, V, D)."""
 
@@ -81,20 +85,15 @@ class Fitted(NamedTuple):
 def fit(subject: Subject) -> tuple[Fitted, dict[str, Skipgrams]]:
     """Train all offsets together, and count the tokens of the same rows for the baselines."""
     options, vocab = subject.probes, subject.task.vocab_size
-    weights: dict[str, Tensor] = {}
     tables: dict[str, Skipgrams] = {kind: Skipgrams(vocab, options.offsets) for kind in options.pairs}
-    optimizer: torch.optim.Optimizer | None = None
-    scale = 1.0
+    whitening = whiten(subject)
+    shape = (options.offsets, vocab, len(whitening))
+    weights: dict[str, Tensor] = {kind: torch.zeros(shape, device=subject.device) for kind in options.pairs}
+    optimizer = torch.optim.AdamW(weights.values(), options.learning_rate, weight_decay=0.0, fused=True)
     for step, batch in enumerate(training_batches(subject)):
-        states = states_of(subject, batch)
-        if optimizer is None:
-            scale = float(states[counted(batch)].square().mean().sqrt().clamp(min=1e-12))
-            shape = (options.offsets, vocab, states.shape[-1])
-            weights = {kind: torch.zeros(shape, device=subject.device) for kind in options.pairs}
-            optimizer = torch.optim.AdamW(weights.values(), options.learning_rate, weight_decay=0.0)
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * (1 - step / options.steps)
-        flat = states.flatten(0, 1) / scale  # (B * T, D)
+        flat = states_of(subject, batch).flatten(0, 1) @ whitening  # (B * T, D)
         for kind in options.pairs:
             found = [pairs(batch, offset, kind) for offset in range(1, options.offsets + 1)]
             tables[kind].add(batch, found)
@@ -102,16 +101,33 @@ def fit(subject: Subject) -> tuple[Fitted, dict[str, Skipgrams]]:
                 [gradient(flat[p.source], weight, p.target) for weight, p in zip(weights[kind], found, strict=True)]
             )
         optimizer.step()
-    return Fitted(scale, weights), tables
+    return Fitted(whitening, weights), tables
 
 
-def measure(subject: Subject, kind: str, scale: float, weights: Tensor, table: Skipgrams) -> dict[str, Metric]:
+def whiten(subject: Subject) -> Tensor:
+    """(D, D) that makes of states some whose entries have a mean square of one and no correlation, about zero.
+
+    Not about their mean, which a matrix without bias could not make up for. Computed from the first training rows.
+    """
+    moments, count = torch.zeros(()), 0
+    for batch in training_batches(subject):
+        states = states_of(subject, batch)[counted(batch)].double()
+        moments, count = moments.to(states) + states.T @ states, count + len(states)
+        if count >= WHITENED_BY * states.shape[-1]:
+            break
+    power, directions = torch.linalg.eigh(moments / max(count, 1))
+    floor = (FLOOR * power.mean()).clamp(min=1e-24)
+    whitening: Tensor = directions / power.clamp(min=floor).sqrt()
+    return whitening.float()
+
+
+def measure(subject: Subject, kind: str, whitening: Tensor, weights: Tensor, table: Skipgrams) -> dict[str, Metric]:
     """Held-out losses of probes and baselines."""
     prefix, offsets = PREFIX[kind], range(1, len(weights) + 1)
     losses: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for whole in subject.batches():
         for batch in chunks(whole, subject.probes.batch_size):
-            flat = states_of(subject, batch).flatten(0, 1) / scale
+            flat = states_of(subject, batch).flatten(0, 1) @ whitening
             for offset in offsets:
                 p = pairs(batch, offset, kind)
                 before = batch.tokens.flatten()[p.source]
