@@ -65,6 +65,7 @@ def test_prompts_of_a_file_come_from_all_of_it(tmp_path: Path) -> None:
     [
         ("poetry", TOKENIZER, 1, "unknown domain 'poetry'; choose held_out, prose"),
         ("code", None, 1, "no tokenizer; measure held_out"),
+        ("mixed", None, 1, "no tokenizer; measure held_out"),
         ("documentation", TOKENIZER, 10**6, "ask for no more than that"),
         ("held_out", None, 1000, "1000 prompts are asked for"),
     ],

@@ -94,13 +94,13 @@ def domain_prompts(
     """
     if name == "held_out":
         return _held_out(task, count, length)
+    if tokenizer is None:
+        raise NextLatError(f"domain {name!r} is text, and this task has no tokenizer; measure held_out")
     if name == MIXED:
-        kinds = [kind for kind in domain_names(task, tokenizer) if kind != MIXED]
+        kinds = ("held_out", *LOCAL)
         each = -(-count // len(kinds))
         made = [domain_prompts(kind, task, tokenizer, each, length, folder) for kind in kinds]
         return [prompt for together in zip(*made, strict=True) for prompt in together][:count]
-    if tokenizer is None:
-        raise NextLatError(f"domain {name!r} is text, and this task has no tokenizer; measure held_out")
     windows = []
     end = [] if tokenizer.end_token is None else [tokenizer.end_token]
     for text in islice(_texts(name, task, folder), DOCUMENTS):
