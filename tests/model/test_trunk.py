@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model import Transformer
 from nextlat.model.norm import RMSNorm
-from nextlat.model.trunk import feed_forward_width, init_normal, rotary_angles, rotate
+from nextlat.model.rotary import rotary_angles, rotary_turns, rotate, rotated
+from nextlat.model.trunk import feed_forward_width, init_normal
 from nextlat.objectives.gpt import GPT
 from nextlat.objectives.nextlat import NextLat
 from tests.batches import document_ids
@@ -111,6 +113,49 @@ def test_rotary_angle_of_each_pair_by_hand() -> None:
     torch.testing.assert_close(out[0], torch.tensor([math.cos(3), 0.0, math.sin(3), 0.0]))
     torch.testing.assert_close(out[1], torch.tensor([0.0, math.cos(0.03), 0.0, math.sin(0.03)]))
     torch.testing.assert_close(out[2], torch.tensor([-math.sin(3), 0.0, math.cos(3), 0.0]))
+
+
+def turned_heads(projection: nn.Module, u: Tensor, positions: Tensor) -> Tensor:
+    """What the complex turns make, in the order of the entries of a stock Llama."""
+    pairs = rotated(projection, u, 3, rotary_turns(positions, 3, 8))
+    return pairs.unflatten(-1, (4, 2)).transpose(-1, -2).flatten(-2)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_complex_turns_are_the_same_rotation_in_another_order(wrapped: bool) -> None:
+    # a module that is no plain Linear, such as one with an adapter, must be called, not read
+    projection = nn.Linear(10, 24, bias=False).double()
+    module = nn.Sequential(projection) if wrapped else projection
+    u = torch.randn(2, 5, 10, generator=seeded(0), dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 5, 3, 8, generator=seeded(1), dtype=torch.float64)
+    for positions in (torch.tensor([0, 1, 2, 7, 300]), torch.randint(50, (2, 5), generator=seeded(2))):
+        expected = rotated(module, u, 3, rotary_angles(positions, 3, 8))
+        found = turned_heads(module, u, positions)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        live = [u, projection.weight]
+        ours, theirs = (torch.autograd.grad((x * weights).sum(), live) for x in (found, expected))
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_passes_with_and_without_gradients_agree() -> None:
+    # only the former turn by complex numbers
+    model, tokens = trunk(), random_tokens(2, 9)
+    documents = torch.tensor([[0] * 4 + [1] * 5, [0] * 8 + [-1]])
+    recorded = model.hidden_states(tokens, documents)
+    assert torch.is_complex(model.context(tokens).angles[0])
+    with torch.no_grad():
+        assert not torch.is_complex(model.context(tokens).angles[0])
+        plain = model.hidden_states(tokens, documents)
+    torch.testing.assert_close(recorded.detach(), plain, rtol=0, atol=1e-12)
+
+
+def test_a_cache_and_half_precision_turn_by_real_numbers() -> None:
+    model, tokens = trunk(), random_tokens(1, 4)
+    assert len(model.context(tokens, cache=model.new_cache(1, 8)).angles) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(model.context(tokens).angles) == 2
+    assert len(model.bfloat16().context(tokens).angles) == 2
 
 
 def test_only_differences_of_positions_matter() -> None:

@@ -10,6 +10,7 @@ from nextlat.batch import IGNORE, Batch
 from nextlat.objectives.base import total_loss
 from nextlat.objectives.gpt import GPT
 from nextlat.objectives.nextlat import NextLat
+from nextlat.objectives.positions import at
 from tests.batches import as_rows, packed_batches, random_batch
 from tests.objectives.cases import VOCABULARY, assert_same_gradients, gradients, small_trunk
 from tests.oracles.nextlat import log_probabilities, scores, token_set
@@ -86,3 +87,14 @@ def test_the_plain_model_is_what_decodes_and_nothing_drafts() -> None:
     assert objective.as_lm() is model
     assert objective.drafter() is None
     assert objective.auxiliary() is None
+
+
+def test_values_at_positions_keep_their_order_and_are_not_copied_where_all_are_named() -> None:
+    values = torch.arange(24.0).view(2, 4, 3)
+    everywhere = torch.ones(2, 4, dtype=torch.bool)
+    assert at(everywhere, values).data_ptr() == values.data_ptr()
+    assert torch.equal(at(everywhere, values), values[everywhere])
+    some = everywhere.clone()
+    some[0, 1] = some[1, 3] = False
+    assert at(some, values).tolist() == [values[b, t].tolist() for b in range(2) for t in range(4) if some[b, t]]
+    assert at(everywhere[:, :0], values[:, :0]).shape == (0, 3)

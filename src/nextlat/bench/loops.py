@@ -17,7 +17,8 @@ from nextlat.batch import Batch
 from nextlat.config import TrainingConfig
 from nextlat.model import Transformer
 from nextlat.model.norm import EPS
-from nextlat.model.trunk import ROPE_BASE, feed_forward_width
+from nextlat.model.rotary import ROPE_BASE
+from nextlat.model.trunk import feed_forward_width
 from nextlat.objectives import GPT, NextLat, Objective, total_loss
 from nextlat.training.optimizers import make_optimizer
 

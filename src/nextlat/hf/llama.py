@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nextlat.errors import NextLatError
 from nextlat.model.norm import EPS
-from nextlat.model.trunk import INIT_STD, ROPE_BASE, Transformer, feed_forward_width
+from nextlat.model.rotary import ROPE_BASE
+from nextlat.model.trunk import INIT_STD, Transformer, feed_forward_width
 
 WEIGHTS = "model.safetensors"
 FORMAT = 1

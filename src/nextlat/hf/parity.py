@@ -16,7 +16,7 @@ from nextlat.errors import NextLatError
 from nextlat.hf.adapter import HFModel
 from nextlat.hf.llama import llama_weights
 from nextlat.model import Transformer
-from nextlat.model.trunk import rotary_angles
+from nextlat.model.rotary import rotary_angles
 from nextlat.training.trained import Trained
 
 TOLERANCE = 1e-5

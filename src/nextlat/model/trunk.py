@@ -19,8 +19,8 @@ from nextlat.model.attention import Layout, attend, document_layout
 from nextlat.model.cache import Cache
 from nextlat.model.interfaces import LMOutput, states_at
 from nextlat.model.norm import RMSNorm
+from nextlat.model.rotary import Angles, rotary_angles, rotary_turns, rotated
 
-ROPE_BASE = 10_000.0
 INIT_STD = 0.02
 
 
@@ -37,37 +37,11 @@ def init_normal(module: nn.Module, generator: torch.Generator) -> None:
                 parameter.normal_(0.0, INIT_STD, generator=generator)
 
 
-def rotary_angles(positions: Tensor, n_heads: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of RoPE, fp32, entry j paired with entry j + head_width / 2.
-
-    They are laid out for all heads: a product over contiguous memory is twice as fast on a CPU as one that
-    broadcasts over heads.
-
-    Args:
-        positions: (T,) or (B, T) integer positions.
-        n_heads: number of heads.
-        head_width: even width of a head.
-
-    Returns:
-        two (T, n_heads, head_width) or (B, T, n_heads, head_width) tensors.
-    """
-    rate = ROPE_BASE ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
-    angle = positions[..., None, None].float() * rate
-    cos, sin = angle.cos(), angle.sin()
-    shape = (*positions.shape, n_heads, head_width)
-    return torch.cat([cos, cos], -1).expand(shape).contiguous(), torch.cat([-sin, sin], -1).expand(shape).contiguous()
-
-
-def rotate(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE to (B, T, n_heads, head_width)."""
-    return torch.addcmul(u * cos, u.roll(u.shape[-1] // 2, -1), sin).to(u.dtype)
-
-
 class Context(NamedTuple):
     """What all blocks of one pass share, in the order of a block's arguments."""
 
-    angles: tuple[Tensor, Tensor]
-    """Cosines and signed sines of the positions; see :func:`rotary_angles`."""
+    angles: Angles
+    """Of the positions."""
     layout: Layout | None
     """Where the documents lie; ``None`` means one document a row."""
     mask: Tensor | None
@@ -84,14 +58,13 @@ class Attention(nn.Module):
         self.n_heads = n_heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
 
-    def queries(self, u: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def queries(self, u: Tensor, angles: Angles) -> Tensor:
         """Rotated queries, (B, T, n_heads, head_width), of (B, T, D) normed inputs."""
-        return rotate(self.q_proj(u).unflatten(-1, (self.n_heads, -1)), *angles)
+        return rotated(self.q_proj, u, self.n_heads, angles)
 
-    def keys_values(self, u: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def keys_values(self, u: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """Rotated keys and values, (B, T, n_heads, head_width) each, of (B, T, D) normed inputs."""
-        k, v = (projection(u).unflatten(-1, (self.n_heads, -1)) for projection in (self.k_proj, self.v_proj))
-        return rotate(k, *angles), v
+        return rotated(self.k_proj, u, self.n_heads, angles), self.v_proj(u).unflatten(-1, (self.n_heads, -1))
 
 
 class FeedForward(nn.Module):
@@ -123,9 +96,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(width)
         self.mlp = FeedForward(width, feed_forward_width(width))
 
-    def project(self, u: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, u: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, (B, T, n_heads, head_width) each, of the (B, T, D) stream."""
-        x, angles = self.input_layernorm(u), (cos, sin)
+        x = self.input_layernorm(u)
         return self.self_attn.queries(x, angles), *self.self_attn.keys_values(x, angles)
 
     def mix(self, u: Tensor, attended: Tensor) -> Tensor:
@@ -137,7 +110,7 @@ class Block(nn.Module):
     def forward(
         self,
         u: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: Angles,
         layout: Layout | None,
         mask: Tensor | None,
         cache: Cache | None,
@@ -186,6 +159,9 @@ class Transformer(nn.Module):
     Raises:
         NextLatError: a size is below 1, or the heads do not divide the width into even parts.
     """
+
+    complex_turns = True
+    """Whether to rotate by complex numbers where they pay; compilers of kernels know real ones only."""
 
     def __init__(
         self,
@@ -254,7 +230,15 @@ class Transformer(nn.Module):
             positions = layout.positions if layout is not None else torch.arange(length, device=tokens.device)
         if cache is not None and mask is None:
             mask = cache.mask(length)
-        return Context(rotary_angles(positions, self.n_heads, self.width // self.n_heads), layout, mask, cache)
+        turned = cache is None and self._turns_pay()  # all keys of a cache are in one order
+        angles = rotary_turns if turned else rotary_angles
+        return Context(angles(positions, self.n_heads, self.width // self.n_heads), layout, mask, cache)
+
+    def _turns_pay(self) -> bool:
+        """Complex numbers save their time on a CPU and in the backward pass, and know no bf16."""
+        weight = self.embed_tokens.weight
+        wide = weight.device.type == "cpu" and weight.dtype.itemsize > 2 and not torch.is_autocast_enabled("cpu")
+        return self.complex_turns and wide and torch.is_grad_enabled()
 
     def hidden_states(
         self,

@@ -12,7 +12,7 @@ from nextlat import options
 from nextlat.batch import Batch
 from nextlat.model.trunk import Transformer
 from nextlat.objectives.base import Objective, Term
-from nextlat.objectives.positions import counted
+from nextlat.objectives.positions import at, counted
 from nextlat.objectives.token_losses import token_losses
 
 
@@ -46,5 +46,5 @@ class GPT(Objective):
         """``{"ce": ...}`` with weight 1."""
         hidden = self.model.hidden_states(batch.tokens, batch.documents)
         mask = counted(batch)
-        (ce,) = token_losses(hidden[mask], self.model.head_weight, batch.targets[mask])
+        (ce,) = token_losses(at(mask, hidden), self.model.head_weight, at(mask, batch.targets))
         return {"ce": Term(ce, mask.sum(), 1.0)}

@@ -20,7 +20,7 @@ from nextlat.model.trunk import Transformer
 from nextlat.objectives.base import Objective, Term, check_horizon, check_weight
 from nextlat.objectives.fetch import MAX_HEADS, Fetch, windows
 from nextlat.objectives.immediate import Piece, immediate_sums
-from nextlat.objectives.positions import counted, token_positions
+from nextlat.objectives.positions import at, counted, token_positions
 from nextlat.objectives.token_losses import token_losses
 
 
@@ -98,10 +98,10 @@ class JTP(Objective):
         hidden = self.model.hidden_states(batch.tokens, batch.documents)
         embeddings = F.embedding(batch.tokens, self.model.embedding_weight)
         fetched = self.fetch(hidden, windows(embeddings, len(chosen)))  # (B, T, d + 1, D)
-        states = [fetched[:, : mask.shape[1], step][mask] for step, mask in enumerate(chosen.values())]
+        states = [at(mask, fetched[:, : mask.shape[1], step]) for step, mask in enumerate(chosen.values())]
 
         def piece(step: int, mask: Tensor) -> Piece:
-            targets = batch.targets[:, step:][mask]
+            targets = at(mask, batch.targets[:, step:])
             return Piece(step, lambda *states: token_losses(states[step], self.model.head_weight, targets)[0])
 
         sums = immediate_sums(

@@ -16,10 +16,11 @@ from nextlat.model.cache import Cache
 from nextlat.model.head import OutputHead, Readout
 from nextlat.model.interfaces import LMOutput, states_at
 from nextlat.model.norm import RMSNorm
+from nextlat.model.rotary import Angles
 from nextlat.model.trunk import Block, Context, Transformer, init_normal, run_blocks
 from nextlat.objectives.base import Objective, Term, check_horizon, check_weight
 from nextlat.objectives.immediate import Piece, immediate_sums
-from nextlat.objectives.positions import counted, token_positions
+from nextlat.objectives.positions import at, counted, token_positions
 from nextlat.objectives.token_losses import token_losses
 
 
@@ -36,7 +37,7 @@ class Head(nn.Module):
         state: Tensor = self.norm(self.block(shared, *context, layer))
         return state
 
-    def remember(self, shared: Tensor, angles: tuple[Tensor, Tensor], cache: Cache, layer: int) -> None:
+    def remember(self, shared: Tensor, angles: Angles, cache: Cache, layer: int) -> None:
         """Store keys and values of (B, T, D) shared states without running the block."""
         cache.extend(layer, *self.block.self_attn.keys_values(self.block.input_layernorm(shared), angles))
 
@@ -120,16 +121,16 @@ class MTP(Objective):
         context = self.trunk.context(batch.tokens, batch.documents)
         shared = self.shared_states(batch.tokens, context)
         if len(chosen) == 1:
-            hidden = self.plain_head(shared, context)[chosen["ce"]]
-            (ce,) = token_losses(hidden, self.trunk.head_weight, batch.targets[chosen["ce"]])
+            hidden = at(chosen["ce"], self.plain_head(shared, context))
+            (ce,) = token_losses(hidden, self.trunk.head_weight, at(chosen["ce"], batch.targets))
             return {"ce": Term(ce, chosen["ce"].sum(), 1.0)}
 
         last = self.trunk.layers[len(self.trunk.layers) - 1]
 
         def piece(step: int, mask: Tensor) -> Piece:
             def value(z: Tensor) -> Tensor:
-                state = self.head_states(step, z, context)[:, : mask.shape[1]][mask]  # (#C_i, D)
-                return token_losses(state, self.trunk.head_weight, batch.targets[:, step:][mask])[0]
+                state = at(mask, self.head_states(step, z, context)[:, : mask.shape[1]])  # (#C_i, D)
+                return token_losses(state, self.trunk.head_weight, at(mask, batch.targets[:, step:]))[0]
 
             return Piece(step, value)
 

@@ -20,7 +20,7 @@ from nextlat.model.trunk import Transformer
 from nextlat.objectives.base import Objective, StateModel, Term, check_horizon, check_weight
 from nextlat.objectives.dynamics import find_dynamics
 from nextlat.objectives.losses import smooth_l1_sum
-from nextlat.objectives.positions import counted, token_positions, transitions
+from nextlat.objectives.positions import at, counted, token_positions, transitions
 from nextlat.objectives.token_losses import Kind, plain_token_losses, token_losses
 
 Dynamics = Callable[[Tensor, Tensor], Tensor]
@@ -134,9 +134,9 @@ def nextlat_sums(
         if kinds:
             # The guess made at t is put beside the state it guesses, at t + step.
             before = length - state.shape[1]
-            reached = F.pad(token_positions(batch, step), (before, 0))[mask]
-            students.append((F.pad(state, (0, 0, before, 0))[mask], reached))  # (#C_0, D), (#C_0,)
-    values = iter(head(hidden[mask], head_weight, batch.targets[mask], students, kinds).unbind())
+            reached = at(mask, F.pad(token_positions(batch, step), (before, 0)))
+            students.append((at(mask, F.pad(state, (0, 0, before, 0))), reached))  # (#C_0, D), (#C_0,)
+    values = iter(head(at(mask, hidden), head_weight, at(mask, batch.targets), students, kinds).unbind())
     sums = {"ce": (next(values), mask.sum())}
     for step in range(1, horizon + 1):
         if latent:

@@ -20,6 +20,14 @@ def counted(batch: Batch) -> Tensor:
     return asked if batch.documents is None else asked & (batch.documents >= 0)
 
 
+def at(mask: Tensor, values: Tensor) -> Tensor:
+    """(N, ...) of the (B, T, ...) values at the N positions that a (B, T) bool mask names, in order.
+
+    Rows that are all named are not copied.
+    """
+    return values.flatten(0, 1) if mask.all() else values[mask]
+
+
 def transitions(documents: Tensor | None, steps: int, rows: int, length: int, device: torch.device) -> Tensor:
     """(B, max(T - steps, 0)) bool: sources t whose state may be rolled to t + steps (the set A_i)."""
     width = max(length - steps, 0)

@@ -141,7 +141,8 @@ class _TokenLosses(torch.autograd.Function):
             for s, needed in zip(predicted, live[2:], strict=True)
             for _ in kinds
         ]
-        logits, teacher = (hidden.new_empty(rows, vocab, dtype=full) for _ in range(2))
+        logits = hidden.new_empty(rows, vocab, dtype=full)
+        teacher = torch.empty_like(logits) if predicted else logits  # without a student nobody asks for logits again
         sums = hidden.new_zeros(1 + len(d_predicted), dtype=full)
         for start in range(0, n, rows):
             part = slice(start, start + rows)
@@ -152,7 +153,7 @@ class _TokenLosses(torch.autograd.Function):
             sums[0] += (log_total - a_y).sum()
             expected = _times(p, weight) if any(live) else None  # (n, D) the head's row, on average over p
             if d_hidden is not None and expected is not None:
-                torch.sub(expected, head_weight[y], out=d_hidden[part])
+                torch.sub(expected, F.embedding(y, head_weight), out=d_hidden[part])
             if d_weight is not None:
                 d_weight.addmm_(p.T, h.to(full)).index_add_(0, y, h.to(full), alpha=-1)
             if not predicted:
@@ -181,7 +182,7 @@ class _TokenLosses(torch.autograd.Function):
                     if kind == "kl":
                         _times(q, weight, made).sub_(expected)
                     elif kind == "aux_ce":
-                        _times(q, weight, made).sub_(weight[y])
+                        _times(q, weight, made).sub_(F.embedding(y, weight))
                     else:
                         side = more.sign_()
                         _times(side.sub_(torch.linalg.vecdot(q, side)[:, None]).mul_(q).div_(2), weight, made)

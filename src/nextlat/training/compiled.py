@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
-from nextlat.model.trunk import Block
+from nextlat.model.trunk import Block, Transformer
 from nextlat.objectives import Objective, total_loss
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.05}
@@ -44,6 +44,9 @@ def compile_blocks(
     if not blocks:
         raise NextLatError("training.compile compiles the blocks of nextlat's own trunk, and this model has none")
     eager = _gradient(objective, batch, autocast)
+    for module in objective.modules():
+        if isinstance(module, Transformer):
+            module.complex_turns = False
     for block in blocks:
         for name in ("project", "mix"):
             setattr(block, name, torch.compile(getattr(block, name), backend=backend))
