@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nextlat.bench.trained import (
     ADAPTIVE,
@@ -15,12 +16,18 @@ from nextlat.bench.trained import (
     best_speed,
     best_static,
     check_alike,
+    headroom,
+    kept_from,
     on_domain,
 )
 from nextlat.decoding.costs import Costs
+from nextlat.decoding.generate import generate
+from nextlat.decoding.policies import Static
 from nextlat.decoding.speculative import Statistics
 from nextlat.errors import NextLatError
 from nextlat.evaluation.speculative import PLAIN, Arm
+from nextlat.model import Transformer
+from nextlat.objectives import NextLat
 from nextlat.training.trained import load_run
 from tests.tiny import run_whole, tiny
 
@@ -38,7 +45,7 @@ def contender(name: str, trained: Any = None, **seconds: float) -> Contender:
     arms = {way.get(key, key.removeprefix("s")): arm(value) for key, value in seconds.items()}
     drafter: Any = type("Any length", (), {"max_length": None})()
     nothing: Any = None
-    return Contender(name, trained, nothing, drafter, Costs(0.1, {1: 1.0, 4: 1.5}), {"prose": arms})
+    return Contender(name, trained, nothing, drafter, Costs(0.1, {1: 1.0, 4: 1.5}), {"prose": arms}, {"prose": 1.3})
 
 
 def test_the_best_fixed_length_took_least_time_and_packing_alone_is_one_of_them() -> None:
@@ -69,6 +76,53 @@ def test_the_gain_of_adapting_is_over_the_best_fixed_length_of_each_domain() -> 
     found = {result.name: result.value for result in adaptive_against_static(one, 0.0)}
     assert found["adaptive / best fixed length: geometric mean"] == pytest.approx((1.5 * 0.5) ** 0.5)
     assert found["adaptive / best fixed length: least"] == pytest.approx(0.5)
+
+
+def walk(kept: list[int], length: int) -> list[tuple[int, int]]:
+    """Drafted and kept tokens of every round with drafts of a length; a text ends with a token of the model's own."""
+    place, rounds = 0, []
+    while place < len(kept):
+        room = min(length, len(kept) - 1 - place)
+        rounds.append((room, min(room, kept[place])))
+        place += 1 + rounds[-1][1]
+    return rounds
+
+
+def test_kept_tokens_behind_every_place_tell_what_every_fixed_length_does() -> None:
+    # weights as large as these write a text that is not constant, and drafts of which some are right
+    objective = NextLat(
+        Transformer(3, 1, 2, 8, generator=torch.Generator().manual_seed(4)),
+        generator=torch.Generator().manual_seed(1),
+    ).eval()
+    for parameter in objective.parameters():
+        parameter.data.mul_(20 if parameter.ndim > 1 else 1)
+    lm, drafter, prompt = objective.as_lm(), objective.drafter(), torch.tensor([0, 1, 2])
+    kept = kept_from(lm, drafter, prompt, 40, 5)
+    assert len(kept) == 39
+    assert 0 < sum(kept) < 39 * 4
+    for length in (1, 3, 5):
+        counted = Statistics()
+        generate(lm, prompt[None], 40, drafter=drafter, policy=Static(length), statistics=counted)
+        rounds = walk(kept, length)
+        assert counted.rounds == len(rounds)
+        assert sum(counted.drafted) == sum(drafted for drafted, _ in rounds)
+        assert sum(counted.accepted) == sum(taken for _, taken in rounds)
+
+
+def test_headroom_is_that_of_the_cheapest_of_all_ways_to_choose_lengths() -> None:
+    costs = Costs(0.3, {1: 1.0, 2: 1.2, 3: 1.9, 4: 2.0})
+    texts = [[2, 0, 1, 0, 0], [0, 3, 0, 1, 0, 0, 0]]
+
+    def cheapest(kept: list[int], place: int) -> float:
+        if place >= len(kept):
+            return 0.0
+        lengths = range(min(3, len(kept) - 1 - place) + 1)
+        return min(costs.round(n) + cheapest(kept, place + 1 + min(n, kept[place])) for n in lengths)
+
+    fixed = [sum(costs.round(n) for kept in texts for n, _ in walk(kept, length)) for length in range(4)]
+    assert headroom(texts, costs, 3) == pytest.approx(min(fixed) / sum(cheapest(kept, 0) for kept in texts))
+    assert headroom(texts, costs, 3) > 1.05
+    assert headroom([[0, 0, 0]], costs, 3) == 1.0  # nothing would be kept: the best length is 0, always
 
 
 def test_a_domain_has_gains_over_plain_decoding_and_a_bound_in_units_of_the_weights_that_drafts_get() -> None:

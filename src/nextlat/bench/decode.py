@@ -209,12 +209,14 @@ def dialled(size: Size, context: int, new: int, repetitions: int) -> Iterator[Re
                 "drafted": replayed(fast, cheap, prompts, recorded, acceptance, length, counted),
             }
             found = interleave(arms, repetitions)
-            yield gain(f"decoding, acceptance {acceptance}: plain / drafted", found, target, setting, counted)
+            most = bound(counted, length, costs["packed"])
+            name = f"decoding, acceptance {acceptance}: plain / drafted"
+            yield gain(name, found, target, setting, counted, most)
             reached = compare(found["packed"], found["drafted"]).value
             yield share_of_bound(
                 f"share of the bound reached, acceptance {acceptance}",
                 reached,
-                bound(counted, length, costs["packed"]),
+                most,
                 setting,
             )
 
@@ -238,7 +240,7 @@ def batched(size: Size, context: int, new: int, repetitions: int) -> Iterator[Re
         found = interleave(arms, repetitions)
     name = f"{BATCH} rows, acceptance {BATCH_ACCEPTANCE}: plain / drafted"
     setting = size.setting | {"prompt": context, "new": new, "rows": BATCH}
-    yield gain(name, found, BATCH_SPEEDUP, setting, counted)
+    yield gain(name, found, BATCH_SPEEDUP, setting, counted, bound(counted, length, costs))
 
 
 def replayed(
@@ -282,8 +284,13 @@ def share_of_bound(name: str, reached: float, most: float, setting: dict[str, An
     )
 
 
-def gain(name: str, found: dict[str, Timing], target: float, setting: dict[str, int], counted: Statistics) -> Result:
-    """What drafts gain over decoding without, with plain or packed weights, whichever is faster; and what was kept."""
+def gain(
+    name: str, found: dict[str, Timing], target: float, setting: dict[str, int], counted: Statistics, most: float
+) -> Result:
+    """What drafts gain over decoding without, with plain or packed weights, whichever is faster; and what was kept.
+
+    ``most`` is the :func:`bound` over packed weights.
+    """
     baseline = min("plain", "packed", key=lambda arm: seconds(found[arm]))
     ratio = compare(found[baseline], found["drafted"])
     return Result(
@@ -292,6 +299,7 @@ def gain(name: str, found: dict[str, Timing], target: float, setting: dict[str, 
         target,
         wall=ratio.wall,
         spread=(ratio.low, ratio.high),
+        limit=most * seconds(found[baseline]) / seconds(found["packed"]),
         of=milliseconds(seconds(found[baseline]), seconds(found["drafted"])),
         setting=setting,
         note=f"{name.partition(':')[0]}: over {baseline} weights; {len(counted.drafted)} drafted, "

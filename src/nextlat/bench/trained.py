@@ -13,11 +13,16 @@ from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from nextlat.bench.decode import Small, bound, share_of_bound
 from nextlat.bench.results import Result
 from nextlat.decoding.adaptive import CostAware
 from nextlat.decoding.command import CheapDrafts, load, longest_draft, need_drafter, prepared, spared
 from nextlat.decoding.costs import Costs
+from nextlat.decoding.drafting import draft
+from nextlat.decoding.generate import generate
 from nextlat.decoding.policies import Policy, Static
 from nextlat.decoding.sampling import Sampling
 from nextlat.errors import NextLatError
@@ -41,6 +46,8 @@ CHEAP_LENGTH = 4
 SHOWN = 6
 """Positions of a draft whose acceptance is printed."""
 
+HINDSIGHT = "limit of adapting: lengths chosen in hindsight, knowing what would be kept, by the measured costs"
+
 Found = dict[str, dict[str, Arm]]
 """Domain -> way of drafting -> what it did."""
 
@@ -55,6 +62,8 @@ class Contender(NamedTuple):
     drafter: Drafter
     costs: Costs
     found: Found
+    headroom: dict[str, float]
+    """Domain -> :func:`headroom`, at temperature 0."""
 
 
 @contextmanager
@@ -90,7 +99,7 @@ def compare_runs(paths: Sequence[Path], prompts: int) -> Iterator[Result]:
             yield from prices(one, temperature)
         for domain in domains:
             for one in contenders:
-                one.found[domain] = survey(one, domain, prompts, Sampling(temperature))
+                survey(one, domain, prompts, Sampling(temperature))
                 yield from on_domain(one, domain, temperature)
         for one in contenders:
             yield from adaptive_against_static(one, temperature)
@@ -119,11 +128,11 @@ def contender(trained: Trained, sampling: Sampling) -> Contender:
     drafter = need_drafter(trained)
     length = trained.built.task.sequence_length
     fast, costs = prepared(trained, drafter, length * 3 // 4, sampling)  # between half a row of prompt and a whole row
-    return Contender(trained.config.objective, trained, fast, drafter, costs, {})
+    return Contender(trained.config.objective, trained, fast, drafter, costs, {}, {})
 
 
-def survey(one: Contender, domain: str, count: int, sampling: Sampling) -> dict[str, Arm]:
-    """All ways of drafting on a domain."""
+def survey(one: Contender, domain: str, count: int, sampling: Sampling) -> None:
+    """Try all ways of drafting on a domain."""
     task = one.trained.built.task
     length = task.sequence_length // 2
     texts = domain_prompts(domain, task, task_tokenizer(task), count, length, one.trained.path / "domains")
@@ -131,7 +140,67 @@ def survey(one: Contender, domain: str, count: int, sampling: Sampling) -> dict[
     ways: dict[str, Callable[[], Policy]] = {str(n): partial(Static, n) for n in LENGTHS if n <= longest}
     ways[ADAPTIVE] = partial(CostAware, one.costs, longest)
     lm = one.trained.built.objective.as_lm()
-    return measure_domain(one.fast, one.drafter, texts, length, sampling, ways, baseline=lm)
+    one.found[domain] = measure_domain(one.fast, one.drafter, texts, length, sampling, ways, baseline=lm)
+    if sampling.greedy:
+        kept = [kept_from(one.fast, one.drafter, text, length, min(longest, LENGTHS[-1])) for text in texts]
+        one.headroom[domain] = headroom(kept, one.costs, min(longest, LENGTHS[-1]))
+
+
+@torch.inference_mode()
+def kept_from(lm: CausalLM, drafter: Drafter, prompt: Tensor, new: int, longest: int) -> list[int]:
+    """Of a greedy continuation by ``new`` tokens: how many drafted tokens would be kept behind each but the last.
+
+    Args:
+        lm: the model.
+        drafter: of the model.
+        prompt: (P,) int64.
+        new: tokens to add.
+        longest: draft that is tried.
+    """
+    greedy, policy = Sampling(), Static(longest)
+    text = generate(lm, prompt[None], new)  # (1, new)
+    cache = lm.new_cache(1, len(prompt) + new)
+    last = torch.tensor([len(prompt) - 1], device=prompt.device)
+    state = drafter.observe(lm(prompt[None], cache=cache, logits_at=last), last)
+    kept = []
+    for place in range(new - 1):
+        room = torch.tensor([min(longest, new - 2 - place)], device=prompt.device)  # the model adds one itself
+        made = draft(drafter, state, text[:, place], greedy, policy, room, int(text.max()) + 1, torch.rand)
+        drafted = text[:, :0] if made is None else made.tokens
+        kept.append(int((drafted == text[:, place + 1 :][:, : drafted.shape[1]]).cumprod(1).sum()))
+        output = lm(text[:, place : place + 1], cache=cache)
+        state = drafter.observe(output, torch.zeros_like(last))
+    return kept
+
+
+def headroom(texts: Sequence[Sequence[int]], costs: Costs, longest: int) -> float:
+    """Cost of the best fixed length over that of lengths chosen in hindsight, by measured costs: no policy gains more.
+
+    Args:
+        texts: of each, what :func:`kept_from` gives.
+        costs: of rounds.
+        longest: draft that is allowed.
+    """
+
+    def fixed(length: int) -> float:
+        spent = 0.0
+        for kept in texts:
+            place = 0
+            while place < len(kept):
+                spent += costs.round(min(length, len(kept) - 1 - place))
+                place += 1 + min(length, kept[place])
+        return spent
+
+    spent = 0.0
+    for kept in texts:
+        behind = [0.0] * (len(kept) + 1)  # least cost from each place to the end
+        for place in reversed(range(len(kept))):
+            behind[place] = min(
+                costs.round(n) + behind[place + 1 + min(n, kept[place])]
+                for n in range(min(longest, len(kept) - place - 1) + 1)
+            )
+        spent += behind[0]
+    return min(fixed(length) for length in range(longest + 1)) / spent
 
 
 def setting(one: Contender, temperature: float) -> dict[str, Any]:
@@ -171,14 +240,22 @@ def on_domain(one: Contender, domain: str, temperature: float) -> Iterator[Resul
         reached = spent(arms["0"]) / spent(arms[best])
         yield share_of_bound("share of the bound reached", reached, bound(kept, int(best), one.costs), about)
     yield Result("plain / adaptive", ratio(arms, ADAPTIVE), setting=about)
-    yield Result("adaptive / the best fixed length", spent(arms[best]) / spent(arms[ADAPTIVE]), setting=about)
+    yield Result(
+        "adaptive / the best fixed length",
+        spent(arms[best]) / spent(arms[ADAPTIVE]),
+        limit=one.headroom.get(domain) if temperature == 0 else None,
+        note=HINDSIGHT if temperature == 0 else "",
+        setting=about,
+    )
 
 
 def adaptive_against_static(one: Contender, temperature: float) -> Iterator[Result]:
     """The gain of adapting the length over the best fixed one of each domain."""
     gains = [spent(arms[best_static(arms)]) / spent(arms[ADAPTIVE]) for arms in one.found.values()]
     about = setting(one, temperature) | {"texts": len(gains)}
-    yield Result("adaptive / best fixed length: geometric mean", geometric_mean(gains), MEAN, setting=about)
+    limit = geometric_mean(list(one.headroom.values())) if temperature == 0 else None
+    name = "adaptive / best fixed length: geometric mean"
+    yield Result(name, geometric_mean(gains), MEAN, limit=limit, setting=about)
     yield Result("adaptive / best fixed length: least", min(gains), LEAST, setting=about)
 
 

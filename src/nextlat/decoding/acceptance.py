@@ -111,9 +111,9 @@ class _Recorder(Static):
         self._round = []
         return True
 
-    def goes_on(self, drafted: Drafted) -> Tensor:
+    def goes_on(self, drafted: Drafted) -> bool:
         self._round.append(drafted)
-        return super().goes_on(drafted)
+        return True
 
     def learn(self, drafted: list[int], accepted: list[int]) -> None:
         for i, seen in enumerate(self._round[: min(drafted[0], accepted[0] + 1)]):

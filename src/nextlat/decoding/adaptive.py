@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from nextlat.decoding.costs import Costs
@@ -27,7 +27,7 @@ whole, or was not, or there was none, or none for as long as :data:`LONG_AGO`.""
 STATES = BINS + 4
 LONG_AGO = 8
 """Rounds without drafts after which the text may have become another."""
-SHRINK = 64.0
+SHRINK = 16.0
 """How many observations a bin needs to count as much as the line through all bins, and a position as the one before."""
 GUESS, SPREAD = 0.6, 0.05
 """Mean and variance of the guesses that are expected before any was seen."""
@@ -103,13 +103,14 @@ class Forecast:
         """Chances, and what they say of tokens further ahead, from the counts."""
         self.chance = self._chances()
         """Of a token in each bin."""
-        laws = [[x / total for x in row] for row, total in ((row, sum(row)) for row in self._follows)]
-        ahead, surviving = [[0.0] * STATES], [1.0] * BINS
-        for _ in range(self.longest):
-            worth = [a * s for a, s in zip(self.chance, surviving, strict=True)]
-            ahead.append([sum(x * w for x, w in zip(law, worth, strict=True)) for law in laws])
-            surviving = ahead[-1][:BINS]
-        self.ahead = ahead
+        laws = np.array(self._follows)
+        laws *= np.array(self.chance) / laws.sum(1, keepdims=True)
+        ahead = np.zeros((self.longest + 1, STATES))
+        surviving = np.ones(BINS)
+        for j in range(1, self.longest + 1):
+            ahead[j] = laws @ surviving
+            surviving = ahead[j, :BINS]
+        self.ahead: list[list[float]] = ahead.tolist()
         """[j][b] chance that all of the next j tokens are kept, behind a token of bin b that was."""
         scale, self.scale = 1.0, [1.0]
         """[i] by how much chances of the first i tokens together differ from what their bins say."""
@@ -219,11 +220,10 @@ class CostAware(Static):
         begins = {state: float(self._states.count(state)) for state in set(self._states)} or {PLAIN: 1.0}
         return self._worth(0, begins, max(len(self._states), 1)) or self._explores(0)
 
-    def goes_on(self, drafted: Drafted) -> Tensor:
+    def goes_on(self, drafted: Drafted) -> bool:
         """All rows or none."""
         guesses = self.estimator(drafted).tolist()
-        going = None if drafted.going is None else drafted.going.tolist()
-        return torch.full_like(drafted.column, self.decide(drafted.position, guesses, going), dtype=torch.bool)
+        return self.decide(drafted.position, guesses, None if drafted.going is None else drafted.going.tolist())
 
     def decide(self, position: int, guesses: Sequence[float], going: Sequence[bool] | None = None) -> bool:
         """Whether a draft of ``position`` tokens gets one more.

@@ -46,6 +46,8 @@ class Drafted:
     @cached_property
     def probability(self) -> Tensor:
         """(B,) probability of the token under :attr:`law`."""
+        if self.drawn_from is None:  # the most likely one
+            return self.law.amax(-1)
         return self.law.gather(-1, self.column[:, None])[:, 0]
 
 
@@ -85,13 +87,15 @@ def draft(
     Returns:
         ``None`` if no row may draft anything.
     """
-    tokens, laws, lengths = [], [], torch.zeros_like(room)
+    tokens, laws = [], []
     vocabulary = drafter.vocabulary
     longest = int(room.max())
     rollout = getattr(drafter, "rollout", None)
     if rollout is not None and sampling.greedy and type(policy) is Static and longest:  # nothing to decide on the way
         return Drafts(rollout(state, token, longest), torch.empty(0, device=room.device), room)
-    going = room > 0
+    rooms = room.tolist()
+    ends = [longest] * len(rooms)  # where a policy has stopped a row
+    going = None if min(rooms) else room > 0
     for position in range(1, longest + 1):
         state, logits = drafter.step(state, token)
         law = None if sampling.greedy else sampling.law(logits)
@@ -102,11 +106,17 @@ def draft(
             laws.append(
                 law if vocabulary is None else law.new_zeros(len(law), vocab_size).index_copy_(1, vocabulary, law)
             )
-        lengths = lengths + going
-        going = policy.goes_on(Drafted(position, column, logits, state, law, going)) & going & (lengths < room)
-        if position < longest and not bool(going.any()):
+        decision = policy.goes_on(Drafted(position, column, logits, state, law, going))
+        if isinstance(decision, Tensor):
+            ends = [end if on else min(end, position) for end, on in zip(ends, decision.tolist(), strict=True)]
+        elif not decision:
+            ends = [min(end, position) for end in ends]
+        left = [min(end, rest) > position for end, rest in zip(ends, rooms, strict=True)]
+        if not any(left):
             break
+        going = None if all(left) else torch.tensor(left, device=room.device)
     if not tokens:
         return None
+    lengths = torch.tensor([min(pair) for pair in zip(ends, rooms, strict=True)], device=room.device)
     stacked = torch.stack(laws, 1) if laws else torch.empty(0, device=room.device)
     return Drafts(torch.stack(tokens, 1), stacked, lengths)

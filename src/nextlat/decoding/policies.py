@@ -27,8 +27,8 @@ class Policy(Protocol):
         """Whether a round drafts at all; asked before its first token."""
         ...
 
-    def goes_on(self, drafted: Drafted) -> Tensor:
-        """Which rows draft one token more: (B,) bool.
+    def goes_on(self, drafted: Drafted) -> Tensor | bool:
+        """Which rows draft one token more: (B,) bool, or one answer for all of them, which costs least.
 
         Called after every drafted token, also when there is no room for another, so that a policy sees them all.
         A round begins with ``drafted.position == 1``; rows may be fewer than in the round before.
@@ -57,9 +57,9 @@ class Static:
         """Always."""
         return True
 
-    def goes_on(self, drafted: Drafted) -> Tensor:
+    def goes_on(self, drafted: Drafted) -> Tensor | bool:
         """Until the length is reached."""
-        return torch.ones_like(drafted.column, dtype=torch.bool)
+        return True
 
     def learn(self, drafted: list[int], accepted: list[int]) -> None:
         """Nothing to learn."""
@@ -110,9 +110,9 @@ class Heuristic(Static):
         super().__init__(length)
         self.current = max(1, min(check_length(first), length))
 
-    def goes_on(self, drafted: Drafted) -> Tensor:
+    def goes_on(self, drafted: Drafted) -> bool:
         """Until the current length is reached."""
-        return torch.full_like(drafted.column, drafted.position < self.current, dtype=torch.bool)
+        return drafted.position < self.current
 
     def learn(self, drafted: list[int], accepted: list[int]) -> None:
         """Grow or shrink."""

@@ -67,12 +67,13 @@ class Cache:
         Returns:
             (B, S, n_heads, head_width) keys and values, with S up to the end of the longest row.
         """
-        length, stop = keys.shape[1], self.longest + keys.shape[1]
+        length, begin, even = keys.shape[1], self.longest, self.even
+        stop = begin + length
         if stop > self.capacity:
             raise NextLatError(f"the cache holds {self.capacity} positions and {stop} are needed; make it larger")
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            if self.even:
-                store[:, :, self.longest : stop] = new.transpose(1, 2)
+            if even:
+                store[:, :, begin:stop] = new.transpose(1, 2)
             else:
                 rows = torch.arange(len(new), device=new.device)[:, None]
                 store[rows, :, self.positions(length)] = new

@@ -20,15 +20,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(..., width) -> (..., width), same dtype."""
+        gain: Tensor = self.weight
+        if u.is_cpu and u.dtype is gain.dtype and u.dtype.itemsize > 2:
+            return _on_cpu(u, gain)  # nothing to convert, which for one token would take as long as the norm
         wide = u if u.dtype is torch.float64 else u.float()
-        gain = self.weight.to(wide.dtype)
-        if wide.device.type == "cpu":
-            # without gradients directly: the call of a function of one's own takes longer than a short norm itself
-            normed = _RMSNorm.apply if torch.is_grad_enabled() else _normed
-            out: Tensor = normed(wide, gain)
-        else:
-            out = F.rms_norm(wide, gain.shape, gain, EPS)
+        gain = gain.to(wide.dtype)
+        out = _on_cpu(wide, gain) if u.is_cpu else F.rms_norm(wide, gain.shape, gain, EPS)
         return out.to(u.dtype)
+
+
+def _on_cpu(u: Tensor, gain: Tensor) -> Tensor:
+    # without gradients directly: the call of a function of one's own takes longer than a short norm itself
+    normed = _RMSNorm.apply if torch.is_grad_enabled() else _normed
+    out: Tensor = normed(u, gain)
+    return out
 
 
 def _rate(u: Tensor) -> Tensor:
