@@ -27,7 +27,7 @@ whole, or was not, or there was none, or none for as long as :data:`LONG_AGO`.""
 STATES = BINS + 4
 LONG_AGO = 8
 """Rounds without drafts after which the text may have become another."""
-SHRINK = 16.0
+SHRINK = 64.0
 """How many observations a bin needs to count as much as the line through all bins, and a position as the one before."""
 GUESS, SPREAD = 0.6, 0.05
 """Mean and variance of the guesses that are expected before any was seen."""
