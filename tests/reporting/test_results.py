@@ -57,6 +57,18 @@ def test_rows_come_back_as_runs_with_their_intervals_and_curves(results: Path) -
     assert first.finished
 
 
+@pytest.mark.parametrize("kept", [1, 0])
+def test_a_recorded_run_is_finished_also_if_its_last_step_was_not_evaluated(results: Path, kept: int) -> None:
+    curves = results.with_name("path_star_mini_curves.csv")
+    header, *points = curves.read_text(encoding="utf-8").splitlines()
+    early = [line for line in points if line.startswith("h0,nextlat,0,20,")][:kept]
+    curves.write_text("\n".join([header, *early]) + "\n", encoding="utf-8")
+    first = load_runs([results])[0]
+    assert (first.step, first.finished) == (40, True)
+    assert first.metrics["loss"].tolist() == [0.05, 0.1][1 - kept :]
+    assert first.curve("whole_path_greedy")[0].tolist() == [20] * kept
+
+
 def test_solve_rate_counts_basins_of_the_results_file(results: Path) -> None:
     (summary,) = summarise(load_runs([results]))
     assert (summary.solved, summary.judged, summary.mean) == (1, 2, 0.75)

@@ -75,9 +75,11 @@ def _run(path: Path, row: dict[str, str], curve: list[dict[str, str]]) -> Run:
         )
     probed = {name: reading for name, reading in readings.items() if name.startswith(PROBE)}
     others = {name: reading for name, reading in readings.items() if name not in probed}
-    named = [name for name in (curve[0] if curve else {}) if name not in NOT_CURVES]
+    if not curve or int(curve[-1]["step"]) < steps:  # the last step need not be one of those that are evaluated
+        curve = [*curve, {"step": row["steps"], "loss": row.get("loss", ""), "seconds": row.get("seconds", "")}]
+    named = [name for name in dict.fromkeys(key for point in curve for key in point) if name not in NOT_CURVES]
     columns: dict[str, Array] = {
-        name: np.array([float(point[name]) if point[name] else np.nan for point in curve]) for name in named
+        name: np.array([float(point[name]) if point.get(name) else np.nan for point in curve]) for name in named
     }
     return Run(
         directory=path.parent / row["run"],
