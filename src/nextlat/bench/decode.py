@@ -93,9 +93,9 @@ PLANS: dict[Effort, Plan] = {
     ),
     "quick": Plan(
         (LARGE, (257, 512), 3),
-        ((LARGE, 64, 8, 0), (SMALL, 64, 96, 3)),
-        (SMALL, 64, 32, 3),
-        Small("fineweb_edu/mini", 150, ("training.warmup_steps=30", "training.decay_steps=60")),
+        ((LARGE, 64, 8, 0), (SMALL, 64, 64, 3)),
+        (SMALL, 64, 32, 2),
+        Small("fineweb_edu/mini", 120, ("training.warmup_steps=30", "training.decay_steps=60")),
         2,
     ),
     "tiny": Plan(
