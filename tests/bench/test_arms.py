@@ -159,7 +159,7 @@ def test_the_least_step_makes_the_products_of_the_count() -> None:
     with FlopCounterMode(display=False, depth=None) as counter:
         step()
     made = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
-    norms = 5 * 2 * 21 * 16  # of 2 blocks and the last: a product of their input's gradient with the gain
+    norms = 5 * 2 * 21 * 16  # of 2 blocks and the last: the gradient of the gain is counted with the products
     assert made["aten.mm"] == 2 * 3 * SHAPE.tokens * SHAPE.linear_products + norms
 
 

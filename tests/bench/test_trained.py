@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from nextlat.bench.decode import bound
 from nextlat.bench.trained import (
     ADAPTIVE,
     Contender,
@@ -120,9 +121,19 @@ def test_headroom_is_that_of_the_cheapest_of_all_ways_to_choose_lengths() -> Non
         return min(costs.round(n) + cheapest(kept, place + 1 + min(n, kept[place])) for n in lengths)
 
     fixed = [sum(costs.round(n) for kept in texts for n, _ in walk(kept, length)) for length in range(4)]
-    assert headroom(texts, costs, 3) == pytest.approx(min(fixed) / sum(cheapest(kept, 0) for kept in texts))
-    assert headroom(texts, costs, 3) > 1.05
-    assert headroom([[0, 0, 0]], costs, 3) == 1.0  # nothing would be kept: the best length is 0, always
+    least = sum(cheapest(kept, 0) for kept in texts)
+    assert headroom(texts, costs, 3, range(4)) == pytest.approx(min(fixed) / least)
+    assert headroom(texts, costs, 3, range(4)) > 1.05
+    assert headroom(texts, costs, 3, [0, 2]) == pytest.approx(min(fixed[0], fixed[2]) / least)
+    assert headroom([[0, 0, 0]], costs, 3, range(4)) == 1.0  # nothing would be kept: the best length is 0, always
+    assert headroom([[]], costs, 3, range(4)) == 1.0
+
+
+def test_the_bound_charges_every_round_what_it_drafted() -> None:
+    # 10 rounds: one without drafts, four of one token, five of three; 25 tokens behind the first
+    counted = Statistics(rounds=10, tokens=26, opening=1, drafted=[9, 5, 5])
+    costs = Costs(0.1, {1: 1.0, 2: 1.2, 4: 1.5})
+    assert bound(counted, costs) == pytest.approx(25 / (1 * 1.0 + 4 * (1.2 + 0.1) + 5 * (1.5 + 0.3)))
 
 
 def test_a_domain_has_gains_over_plain_decoding_and_a_bound_in_units_of_the_weights_that_drafts_get() -> None:

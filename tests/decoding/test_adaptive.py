@@ -229,6 +229,15 @@ def test_the_cap_holds_and_a_length_of_nothing_drafts_nothing() -> None:
         CostAware(Costs(0.1), -1)
 
 
+def test_what_has_faded_away_leaves_chances_that_are_numbers() -> None:
+    forecast = Forecast(4, trust=10.0, memory=1.05)
+    for _ in range(400):
+        forecast.learn(CUT, [3, 3], 1)
+        forecast.end_round()
+    forecast.refresh()
+    assert all(0 <= chance <= 1 for row in forecast.ahead[1:] for chance in row)
+
+
 def test_shares_are_pooled_where_they_fall() -> None:
     assert pooled([1, 9, 3], [10, 10, 10]) == pytest.approx([0.1, 0.6, 0.6])
     assert pooled([9, 5, 1], [10, 10, 10]) == pytest.approx([0.5, 0.5, 0.5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -138,9 +139,28 @@ def test_complex_turns_are_the_same_rotation_in_another_order(wrapped: bool) -> 
             torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def test_passes_with_and_without_gradients_agree() -> None:
+def biased(layer: nn.Linear) -> None:
+    layer.bias = nn.Parameter(torch.linspace(-3, 3, layer.out_features, dtype=torch.float64))
+
+
+def hooked(layer: nn.Linear) -> None:
+    layer.register_forward_hook(lambda module, inputs, made: 3 * made)
+
+
+def prepared(layer: nn.Linear) -> None:
+    layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] - 1,))
+
+
+def replaced(layer: nn.Linear) -> None:
+    layer.forward = lambda u: u.flip(-1)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [None, biased, hooked, prepared, replaced])
+def test_passes_with_and_without_gradients_agree(change: Callable[[nn.Linear], None] | None) -> None:
     # only the former turn by complex numbers
     model, tokens = trunk(), random_tokens(2, 9)
+    if change is not None:
+        change(model.layers[1].self_attn.q_proj)  # type: ignore[union-attr, arg-type]
     documents = torch.tensor([[0] * 4 + [1] * 5, [0] * 8 + [-1]])
     recorded = model.hidden_states(tokens, documents)
     assert torch.is_complex(model.context(tokens).angles[0])
@@ -148,6 +168,14 @@ def test_passes_with_and_without_gradients_agree() -> None:
         assert not torch.is_complex(model.context(tokens).angles[0])
         plain = model.hidden_states(tokens, documents)
     torch.testing.assert_close(recorded.detach(), plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_nothing_comes_of_nothing(shape: tuple[int, int]) -> None:
+    model, tokens = trunk(), torch.zeros(shape, dtype=torch.int64)
+    assert model.hidden_states(tokens).shape == (*shape, 8)
+    with torch.no_grad():
+        assert model.hidden_states(tokens).shape == (*shape, 8)
 
 
 def test_a_cache_and_half_precision_turn_by_real_numbers() -> None:

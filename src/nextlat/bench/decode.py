@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -209,7 +210,7 @@ def dialled(size: Size, context: int, new: int, repetitions: int) -> Iterator[Re
                 "drafted": replayed(fast, cheap, prompts, recorded, acceptance, length, counted),
             }
             found = interleave(arms, repetitions)
-            most = bound(counted, length, costs["packed"])
+            most = bound(counted, costs["packed"])
             name = f"decoding, acceptance {acceptance}: plain / drafted"
             yield gain(name, found, target, setting, counted, most)
             reached = compare(found["packed"], found["drafted"]).value
@@ -240,7 +241,7 @@ def batched(size: Size, context: int, new: int, repetitions: int) -> Iterator[Re
         found = interleave(arms, repetitions)
     name = f"{BATCH} rows, acceptance {BATCH_ACCEPTANCE}: plain / drafted"
     setting = size.setting | {"prompt": context, "new": new, "rows": BATCH}
-    yield gain(name, found, BATCH_SPEEDUP, setting, counted, bound(counted, length, costs))
+    yield gain(name, found, BATCH_SPEEDUP, setting, counted, bound(counted, costs))
 
 
 def replayed(
@@ -266,9 +267,11 @@ def replayed(
     return arm
 
 
-def bound(counted: Statistics, length: int, costs: Costs) -> float:
+def bound(counted: Statistics, costs: Costs) -> float:
     """Most that rounds can gain over plain decoding with the same weights: their tokens over what they must cost."""
-    return counted.tokens_per_round / costs.round(length)
+    at_least = [counted.rounds, *counted.drafted, 0]  # rounds that drafted 0, 1, ... tokens or more
+    spent = sum((n - more) * costs.round(length) for length, (n, more) in enumerate(pairwise(at_least)))
+    return counted.tokens_per_round * counted.rounds / spent
 
 
 def share_of_bound(name: str, reached: float, most: float, setting: dict[str, Any]) -> Result:

@@ -38,8 +38,8 @@ def nextlat_floor(shape: Shape, horizon: int, hidden_dim: int) -> float:
 def least_step(shape: Shape) -> Step:
     """What a gpt step cannot do without in torch's ready kernels: products, attention, AdamW and single passes.
 
-    Everything writes into memory that is there beforehand, the passes over the same few tensors, which stay in the
-    caches, and no graph is recorded. What results is no training, only its time.
+    The passes write into memory that is there beforehand, over the same few tensors, which stay in the caches; no
+    graph is recorded but that of attention. What results is no training, only its time.
     """
     model = trunk(shape)
     optimizer = make_optimizer(model, TRAINING)

@@ -275,7 +275,7 @@ def times(sizes: Sizes, horizon: int, repetitions: int, target: float) -> Iterat
             wall=ratio.wall,
             spread=(ratio.low, ratio.high),
             limit=compare(found[name], found["least"]).value,
-            note="limit of a loss time: measured, products with the head as ours makes them, and a softmax a state",
+            note="limit of a loss time: measured, the products with the head that ours makes, and softmaxes",
             setting=dict(setting),
             of=milliseconds(seconds(found[name]), seconds(found["ours"])),
             details={

@@ -117,7 +117,7 @@ def loops(shape: Shape, repetitions: int) -> Iterator[Result]:
             spread=(ratio.low, ratio.high),
             limit=compare(found[name], found["least"]).value,
             note=remark
-            or "limit of tokens/s: measured, products, attention, AdamW and single passes in memory made beforehand",
+            or "limit of tokens/s: measured, products, attention, AdamW and single passes by torch's kernels alone",
             of=milliseconds(seconds(found[name]), seconds(found["ours"])),
             setting=setting,
             details={**_seconds(found), "ours_tokens_per_second": shape.tokens / seconds(found["ours"])},

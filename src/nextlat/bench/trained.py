@@ -142,8 +142,8 @@ def survey(one: Contender, domain: str, count: int, sampling: Sampling) -> None:
     lm = one.trained.built.objective.as_lm()
     one.found[domain] = measure_domain(one.fast, one.drafter, texts, length, sampling, ways, baseline=lm)
     if sampling.greedy:
-        kept = [kept_from(one.fast, one.drafter, text, length, min(longest, LENGTHS[-1])) for text in texts]
-        one.headroom[domain] = headroom(kept, one.costs, min(longest, LENGTHS[-1]))
+        kept = [kept_from(one.fast, one.drafter, text, length, longest) for text in texts]
+        one.headroom[domain] = headroom(kept, one.costs, longest, [n for n in LENGTHS if n <= longest])
 
 
 @torch.inference_mode()
@@ -173,13 +173,14 @@ def kept_from(lm: CausalLM, drafter: Drafter, prompt: Tensor, new: int, longest:
     return kept
 
 
-def headroom(texts: Sequence[Sequence[int]], costs: Costs, longest: int) -> float:
+def headroom(texts: Sequence[Sequence[int]], costs: Costs, longest: int, tried: Sequence[int]) -> float:
     """Cost of the best fixed length over that of lengths chosen in hindsight, by measured costs: no policy gains more.
 
     Args:
         texts: of each, what :func:`kept_from` gives.
         costs: of rounds.
-        longest: draft that is allowed.
+        longest: draft that may be chosen.
+        tried: fixed lengths.
     """
 
     def fixed(length: int) -> float:
@@ -200,7 +201,7 @@ def headroom(texts: Sequence[Sequence[int]], costs: Costs, longest: int) -> floa
                 for n in range(min(longest, len(kept) - place - 1) + 1)
             )
         spent += behind[0]
-    return min(fixed(length) for length in range(longest + 1)) / spent
+    return min(fixed(length) for length in tried) / spent if spent else 1.0
 
 
 def setting(one: Contender, temperature: float) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def on_domain(one: Contender, domain: str, temperature: float) -> Iterator[Resul
     )
     if best != "0":
         reached = spent(arms["0"]) / spent(arms[best])
-        yield share_of_bound("share of the bound reached", reached, bound(kept, int(best), one.costs), about)
+        yield share_of_bound("share of the bound reached", reached, bound(kept, one.costs), about)
     yield Result("plain / adaptive", ratio(arms, ADAPTIVE), setting=about)
     yield Result(
         "adaptive / the best fixed length",

@@ -103,7 +103,7 @@ class Forecast:
         """Chances, and what they say of tokens further ahead, from the counts."""
         self.chance = self._chances()
         """Of a token in each bin."""
-        laws = np.array(self._follows)
+        laws = np.array(self._follows) + 1e-9  # what has faded away says nothing
         laws *= np.array(self.chance) / laws.sum(1, keepdims=True)
         ahead = np.zeros((self.longest + 1, STATES))
         surviving = np.ones(BINS)

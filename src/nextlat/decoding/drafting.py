@@ -28,7 +28,7 @@ class Drafted:
     position: int
     """1, 2, ... in this draft."""
     column: Tensor
-    """(B,) int64 the drafted token, as a column of ``logits``."""
+    """(B,) int64 the drafted token, as a column of ``logits``; at temperature 0 the most likely one."""
     logits: Tensor
     """(B, V) of the drafter."""
     state: Any
@@ -46,7 +46,7 @@ class Drafted:
     @cached_property
     def probability(self) -> Tensor:
         """(B,) probability of the token under :attr:`law`."""
-        if self.drawn_from is None:  # the most likely one
+        if self.drawn_from is None:
             return self.law.amax(-1)
         return self.law.gather(-1, self.column[:, None])[:, 0]
 

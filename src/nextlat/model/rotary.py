@@ -60,11 +60,19 @@ def rotated(projection: nn.Module, u: Tensor, n_heads: int, angles: Angles) -> T
     if len(angles) == 2:
         return rotate(projection(u).unflatten(-1, (n_heads, -1)), *angles)
     (turn,) = angles
-    if type(projection) is nn.Linear:  # reordering its rows is cheaper than reordering what it makes
+    half = turn.shape[-1]
+    if isinstance(projection, nn.Linear) and _only_a_product(projection):
+        # reordering its rows is cheaper than reordering what it makes
         weight: Tensor = projection.weight
-        rows = weight.view(n_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        pairs = F.linear(u, rows).view(*u.shape[:-1], n_heads, -1, 2)
+        rows = weight.view(n_heads, 2, half, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        pairs = F.linear(u, rows).view(*u.shape[:-1], n_heads, half, 2)
     else:
         made: Tensor = projection(u)
-        pairs = made.view(*u.shape[:-1], n_heads, 2, -1).transpose(-1, -2).contiguous()
+        pairs = made.view(*u.shape[:-1], n_heads, 2, half).transpose(-1, -2).contiguous()
     return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
+
+
+def _only_a_product(layer: nn.Linear) -> bool:
+    """Whether calling a layer does nothing but multiply by its weight: no bias, no hook, nothing put in its place."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and layer.bias is None and "forward" not in vars(layer) and not any(hooks)

@@ -41,7 +41,7 @@ class Context(NamedTuple):
     """What all blocks of one pass share, in the order of a block's arguments."""
 
     angles: Angles
-    """Of the positions."""
+    """Cosines and signed sines of the positions, or complex turns."""
     layout: Layout | None
     """Where the documents lie; ``None`` means one document a row."""
     mask: Tensor | None
@@ -238,7 +238,7 @@ class Transformer(nn.Module):
         """Complex numbers save their time on a CPU and in the backward pass, and know no bf16."""
         weight = self.embed_tokens.weight
         wide = weight.device.type == "cpu" and weight.dtype.itemsize > 2 and not torch.is_autocast_enabled("cpu")
-        return self.complex_turns and wide and torch.is_grad_enabled()
+        return self.complex_turns and wide and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def hidden_states(
         self,
