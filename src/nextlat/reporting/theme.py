@@ -92,7 +92,7 @@ def new_figure(width: float, height: float, theme: Theme) -> Figure:
 def dress(axes: Axes, theme: Theme, title: str, x: str, y: str, columns: int = 1, above: float = 6.0) -> None:
     """Titles, labels and colours of one of ``columns`` panels beside each other; the title ``above`` it, in points."""
     axes.set_facecolor(theme.paper)
-    axes.set_title(fill(title, 76 // columns), loc="left", pad=above, fontsize=TEXT, color=theme.ink, fontweight="bold")
+    axes.set_title(fill(title, 72 // columns), loc="left", pad=above, fontsize=TEXT, color=theme.ink, fontweight="bold")
     axes.set_xlabel(x, fontsize=TEXT, color=theme.ink)
     axes.set_ylabel(y, fontsize=TEXT, color=theme.ink)
     axes.tick_params(which="both", labelsize=SMALL, colors=theme.ink, length=0)
