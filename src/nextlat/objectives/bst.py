@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self, cast
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -30,6 +31,9 @@ from nextlat.objectives.pairs import Pairs, check_next_token, sample_pairs, suff
 from nextlat.objectives.token_losses import token_losses
 
 PAIRS_AT_ONCE = 32768
+WIDE = 128
+"""From this width of the model on, what a state adds to the text head's first layer is made once and not for each pair:
+then looking up the result is cheaper than the product."""
 
 
 class Encoder(nn.Module):
@@ -56,8 +60,29 @@ class TextHead(nn.Module):
 
     def forward(self, prefix: Tensor, suffix: Tensor) -> tuple[Tensor, Tensor]:
         """(..., D) forward and backward states -> (..., D) states of the next and of the previous token."""
-        q = torch.cat([prefix, suffix], -1)
-        following, previous = self.norm(q + self.mlp(q)).chunk(2, -1)
+        return self.pair([prefix], [suffix])
+
+    def halves(self, prefixes: Tensor, suffixes: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What :meth:`pair` is to be given rows of: (N, D) states, and in a wide model what they add to gate and up.
+
+        The first layer is linear in q, so it is a sum of what each half adds, and there are fewer states than pairs
+        by half the length of a document.
+        """
+        width = prefixes.shape[-1]
+        if width < WIDE:
+            return [prefixes], [suffixes]
+        weight = torch.cat([self.mlp.gate_proj.weight, self.mlp.up_proj.weight])  # (2 m, 2 D)
+        return [prefixes, F.linear(prefixes, weight[:, :width])], [suffixes, F.linear(suffixes, weight[:, width:])]
+
+    def pair(self, prefix: Sequence[Tensor], suffix: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(..., D) states of the next and of the previous token from rows of both :meth:`halves`."""
+        q = torch.cat([prefix[0], suffix[0]], -1)
+        if len(prefix) == 1:
+            change = self.mlp(q)
+        else:
+            gate, up = (prefix[1] + suffix[1]).chunk(2, -1)
+            change = self.mlp.down_proj(F.silu(gate) * up)
+        following, previous = self.norm(q + change).chunk(2, -1)
         return following, previous
 
 
@@ -184,14 +209,17 @@ class BST(Objective):
             touching = t == p
             following, previous = (x.masked_fill(touching, self.end_token) for x in (following, previous))
         first = row * batch.tokens.shape[1]
+        head = self.networks.text_head
+        of_prefixes, of_suffixes = head.halves(prefixes, behind)
         halves = zero_sums(2, prefixes)
 
         def piece(chosen: slice) -> Piece:
-            def value(f: Tensor, b: Tensor) -> Tensor:
-                f, b = f.index_select(0, (first + t)[chosen]), b.index_select(0, (first + p)[chosen])
-                states = self.networks.text_head(f, b)
+            def value(*states: Tensor) -> Tensor:
+                f = [x.index_select(0, (first + t)[chosen]) for x in states[: len(of_prefixes)]]
+                b = [x.index_select(0, (first + p)[chosen]) for x in states[len(of_prefixes) :]]
+                pair = head.pair(f, b)
                 asked = following[chosen], previous[chosen]
-                sums = [token_losses(s, self.trunk.head_weight, y)[0] for s, y in zip(states, asked, strict=True)]
+                sums = [token_losses(s, self.trunk.head_weight, y)[0] for s, y in zip(pair, asked, strict=True)]
                 halves.add_(torch.stack(sums).detach())
                 return sums[0] + sums[1]
 
@@ -200,8 +228,8 @@ class BST(Objective):
         total = immediate_sums(
             [piece(slice(start, start + self.chunk_pairs)) for start in range(0, len(row), self.chunk_pairs)],
             1,
-            [prefixes, behind],
-            [*self.networks.text_head.parameters(), self.trunk.head_weight],
+            [*of_prefixes, *of_suffixes],
+            [*head.parameters(), self.trunk.head_weight],
         )[0]
         half = row.new_tensor(len(row))
         self.logged = {"next": Term(halves[0], half, 0.0), "prev": Term(halves[1], half, 0.0)}
