@@ -22,18 +22,30 @@ class Peak(NamedTuple):
     """Growth of the process's peak resident set: with scratch of the matrix library; ``None`` outside Linux."""
 
 
-def peak_memory(function: Arm) -> Peak:
-    """Peak memory of one call; what it returns is alive at its end and so counted."""
+def peak_memory(function: Arm, calls: int = 1) -> Peak:
+    """Peak memory of a call; what it returns is alive at its end and so counted.
+
+    Args:
+        function: to call, once more than ``calls`` in all.
+        calls: of which the least growth of the resident set is taken: what the allocator happens to hold from before,
+            and returns or not, is chance, and as large as the largest tensor.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces its start and stop on stderr
     from torch.profiler import ProfilerActivity, profile
 
-    trim()
+    grown = []
+    for _ in range(calls):
+        with collector_paused():  # without the profiler: what it writes down is memory too
+            trim()
+            before = _reset_resident()
+            result = function()
+            if before is not None:
+                grown.append(_resident("VmHWM") - before)
+            del result
     with collector_paused(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        before = _reset_resident()
         result = function()
-        after = None if before is None else _resident("VmHWM")
     del result
-    return Peak(_most_live(profiler), None if before is None or after is None else after - before)
+    return Peak(_most_live(profiler), min(grown, default=None))
 
 
 def _most_live(profiler: Any) -> int:
