@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nextlat.bench.decode import bound
+from nextlat.bench.decode import bound, gain
 from nextlat.bench.trained import (
     ADAPTIVE,
     Contender,
@@ -29,6 +29,7 @@ from nextlat.errors import NextLatError
 from nextlat.evaluation.speculative import PLAIN, Arm
 from nextlat.model import Transformer
 from nextlat.objectives import NextLat
+from nextlat.timing import Timing
 from nextlat.training.trained import load_run
 from tests.tiny import run_whole, tiny
 
@@ -136,6 +137,14 @@ def test_the_bound_charges_every_round_what_it_drafted() -> None:
     assert bound(counted, costs) == pytest.approx(25 / (1 * 1.0 + 4 * (1.2 + 0.1) + 5 * (1.5 + 0.3)))
 
 
+def test_the_limit_of_a_gain_is_the_bound_in_units_of_the_faster_plain_decoding() -> None:
+    times = {"plain": 3.0, "packed": 4.0, "drafted": 2.0}
+    found = {name: Timing((value,) * 3, (value,) * 3) for name, value in times.items()}
+    made = gain("8 rows: plain / drafted", found, 1.7, {}, Statistics(rounds=10, tokens=26), 2.4)
+    assert made.value == pytest.approx(3 / 2)
+    assert made.limit == pytest.approx(2.4 * 3 / 4)
+
+
 def test_a_domain_has_gains_over_plain_decoding_and_a_bound_in_units_of_the_weights_that_drafts_get() -> None:
     one = contender("nextlat", RUN, plain=8, s0=6, s2=3, adaptive=2)
     found = {result.name: result.value for result in on_domain(one, "prose", 0.0)}
@@ -144,6 +153,13 @@ def test_a_domain_has_gains_over_plain_decoding_and_a_bound_in_units_of_the_weig
     assert found["adaptive / the best fixed length"] == pytest.approx(1.5)
     # 3 tokens a round, which costs V(3) = 1 + 2 / 3 * 0.5 and two draft steps of 0.1
     assert found["share of the bound reached"] == pytest.approx((6 / 3) / (3 / (4 / 3 + 0.2)))
+    limits = [
+        {result.name: result.limit for result in on_domain(one, "prose", temperature)}[
+            "adaptive / the best fixed length"
+        ]
+        for temperature in (0.0, 1.0)
+    ]
+    assert limits == [1.3, None]  # hindsight is known for greedy texts only
     nothing = contender("nextlat", RUN, plain=8, s0=2, s2=3, adaptive=2)
     found = {result.name: result.value for result in on_domain(nothing, "prose", 0.0)}
     assert found["plain / drafts of 0, the best fixed length"] == pytest.approx(4)

@@ -59,6 +59,7 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(objective: str) -> Non
     assert compile_blocks(built.objective, rows(built), nullcontext(), "fp32", backend="aot_eager") < 1e-5
     assert [name for name, _ in built.objective.named_parameters()] == names
     assert all("project" in vars(m) and "mix" in vars(m) for m in built.objective.modules() if isinstance(m, Block))
+    assert not any(m.complex_turns for m in built.objective.modules() if isinstance(m, Transformer))
 
 
 def test_a_compiler_that_changes_gradients_is_refused() -> None:
