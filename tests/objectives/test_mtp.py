@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from nextlat.batch import IGNORE, Batch
+from nextlat.decoding.tree import TokenTree
 from nextlat.errors import NextLatError
 from nextlat.model import Transformer
+from nextlat.model.interfaces import LMOutput
 from nextlat.objectives import GPT, MTP, TorchModel, total_loss
-from nextlat.objectives.mtp import MTPOptions
+from nextlat.objectives.base import Objective
+from nextlat.objectives.mtp import MTPDrafter, MTPOptions
 from tests.batches import as_rows, packed_batches
 from tests.objectives.rivals import (
     VOCABULARY,
@@ -185,7 +190,7 @@ def test_heads_draft_from_a_cache_that_was_rolled_back() -> None:
     """Each head attends to every verified position, also to those of calls that were never drafted from, and to
     none of a rejected draft."""
     objective = small("mtp", horizon=2)
-    lm, drafter = objective.as_lm(), objective.drafter()
+    lm = objective.as_lm()
     verified = torch.randint(VOCABULARY, (2, 6), generator=seeded(0))
     cache = lm.new_cache(2, 12)
     lm(verified[:, :2], cache=cache)
@@ -195,33 +200,119 @@ def test_heads_draft_from_a_cache_that_was_rolled_back() -> None:
     cache.lengths = [3, 3]
     output = lm(torch.cat([verified[:, 3:], rejected[:, :2]], 1), cache=cache)
     cache.lengths = [6, 6]
-    state = drafter.observe(output, torch.tensor([2, 2]))
-    reference = drafter.observe(lm(verified), torch.tensor([5, 5]))
-    torch.testing.assert_close(state.states, reference.states, rtol=1e-9, atol=1e-11)
+    found = drafted(objective, output, torch.tensor([2, 2]))
+    torch.testing.assert_close(found, drafted(objective, lm(verified), torch.tensor([5, 5])), rtol=1e-9, atol=1e-11)
 
 
 def test_drafts_in_packed_rows_stay_inside_their_document() -> None:
     objective = small("mtp", horizon=2)
-    lm, drafter = objective.as_lm(), objective.drafter()
+    lm = objective.as_lm()
     tokens, documents = torch.tensor([[3, 3, 1, 2, 4]]), torch.tensor([[0, 0, 1, 1, 1]])
-    packed = drafter.observe(lm(tokens, documents), torch.tensor([4]))
-    alone = drafter.observe(lm(tokens[:, 2:]), torch.tensor([2]))
-    torch.testing.assert_close(packed.states, alone.states, rtol=1e-9, atol=1e-11)
+    packed = drafted(objective, lm(tokens, documents), torch.tensor([4]))
+    alone = drafted(objective, lm(tokens[:, 2:]), torch.tensor([2]))
+    torch.testing.assert_close(packed, alone, rtol=1e-9, atol=1e-11)
 
 
-def test_drafts_follow_the_visibility_of_a_tree() -> None:
-    """Two branches behind one stem: each must be drafted from as if the other were not there."""
-    objective = small("mtp", horizon=1)
+def drafted(objective: Objective, output: LMOutput, accepted: Tensor) -> Tensor:
+    """(B, d, V) logits of all further heads."""
+    drafter = objective.drafter()
+    assert isinstance(drafter, MTPDrafter)
+    state, found = drafter.observe(output, accepted), []
+    for _ in range(objective.horizon):
+        state, logits = drafter.step(state, accepted)
+        found.append(logits)
+    return torch.stack(found, 1)
+
+
+@settings(max_examples=25)
+@given(st.data())
+@torch.no_grad()
+def test_heads_see_exactly_the_kept_text_whatever_was_called_kept_and_drafted_before(data: st.DataObject) -> None:
+    """Prompts of several lengths, chains and trees, any heads a round, rows that leave: always brute force."""
+    objective = small("mtp", horizon=2)
     lm, drafter = objective.as_lm(), objective.drafter()
-    stem, branches = torch.tensor([[1, 2]]), torch.tensor([[3, 4]])
-    cache = lm.new_cache(1, 8)
-    lm(stem, cache=cache)
-    mask = torch.tensor([[True, True, True, False], [True, True, False, True]])
-    output = lm(branches, positions=torch.tensor([2, 2]), mask=mask, cache=cache)
-    for index in range(2):
-        found = drafter.observe(output, torch.tensor([index])).states
-        path = torch.cat([stem, branches[:, index : index + 1]], 1)
-        torch.testing.assert_close(found, drafter.observe(lm(path), torch.tensor([2])).states, rtol=1e-9, atol=1e-11)
+    assert drafter is not None
+    stacks = [head_as_stack(objective, step) for step in (1, 2)]
+    count = data.draw(st.integers(1, 3))
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    pick = partial(torch.randint, generator=rng)
+    prompts, lengths = pick(VOCABULARY, (count, 4)), pick(1, 5, (count,)).tolist()
+    cache = lm.new_cache(count, 40)
+    output, accepted = lm(prompts, cache=cache), torch.tensor(lengths) - 1
+    cache.lengths = list(lengths)
+    texts = [prompt[:length] for prompt, length in zip(prompts.tolist(), lengths, strict=True)]
+    state = drafter.observe(output, accepted)
+    for _ in range(data.draw(st.integers(1, 5))):
+        if len(texts) > 1 and data.draw(st.booleans()):
+            going = sorted(torch.randperm(len(texts), generator=rng)[:-1].tolist())
+            cache.select(going)
+            state, texts = drafter.select(state, torch.tensor(going)), [texts[row] for row in going]
+        fan = data.draw(st.sampled_from([1, 2]))  # as a tree's branches, each row several times
+        leaves = torch.arange(len(texts)).repeat_interleave(fan)
+        branches = drafter.select(state, leaves)
+        for step in range(data.draw(st.integers(0, 2))):
+            branches, logits = drafter.step(branches, pick(VOCABULARY, (len(leaves),)))
+            expected = [row_states(stacks[step], as_rows(Batch(*2 * [torch.tensor([text])])))[0][-1] for text in texts]
+            head = objective.trunk.lm_head(torch.stack(expected))
+            torch.testing.assert_close(logits, head[leaves], rtol=1e-6, atol=1e-6)
+        nodes = data.draw(st.integers(1, 4))
+        tokens = pick(VOCABULARY, (len(texts), nodes))
+        parents = [[-1, *(int(pick(place, (1,))) for place in range(1, nodes))] for _ in texts]
+        if data.draw(st.booleans()):
+            parents = [list(range(-1, nodes - 1)) for _ in texts]
+        paths = [[[0]] for _ in texts]
+        for way, above in zip(paths, parents, strict=True):
+            for place in range(1, nodes):
+                way.append([*way[above[place]], place])
+        depths = torch.tensor([[len(path) - 1 for path in way] for way in paths])
+        tree, begins = TokenTree(tokens, torch.tensor(parents), depths), list(cache.lengths)
+        behind = torch.tensor(begins)
+        output = lm(tokens, positions=behind[:, None] + depths, mask=tree.mask(behind), cache=cache)
+        accepted = pick(nodes, (len(texts),))
+        state = drafter.observe(output, accepted)
+        kept = [way[node] for way, node in zip(paths, accepted.tolist(), strict=True)]
+        cache.keep(kept, begins)
+        for text, row, path in zip(texts, tokens.tolist(), kept, strict=True):
+            text += [row[place] for place in path]
+
+
+@torch.no_grad()
+def test_rounds_pay_for_the_heads_they_use_at_positions_they_have_not_seen() -> None:
+    objective = small("mtp", horizon=3)
+    lm, drafter = objective.as_lm(), objective.drafter()
+    assert drafter is not None
+    projected, blocks = [0] * 3, [0] * 3
+    for number, head in enumerate(objective.heads):
+
+        def count(counts: list[int], number: int, module: object, inputs: tuple[Tensor], output: Tensor) -> None:
+            counts[number] += inputs[0].shape[1]
+
+        head.block.self_attn.k_proj.register_forward_hook(partial(count, projected, number))
+        head.block.mlp.register_forward_hook(partial(count, blocks, number))
+
+    def round_(length: int, heads: int) -> None:
+        output = lm(torch.zeros(1, length, dtype=torch.int64), cache=cache)
+        state = drafter.observe(output, torch.tensor([length - 1]))
+        for _ in range(heads):
+            state, _ = drafter.step(state, torch.zeros(1, dtype=torch.int64))
+
+    cache = lm.new_cache(1, 20)
+    round_(5, 0)
+    round_(1, 0)
+    assert projected == blocks == [0, 0, 0]
+    round_(1, 1)
+    assert (projected, blocks) == ([7, 0, 0], [1, 0, 0])
+    round_(2, 2)
+    assert (projected, blocks) == ([9, 9, 0], [2, 1, 0])
+    cache.lengths = [8]
+    round_(2, 3)
+    assert (projected, blocks) == ([11, 11, 10], [3, 2, 1])
+
+
+def test_a_cache_of_another_model_is_refused() -> None:
+    objective = small("mtp", horizon=1)
+    with pytest.raises(NextLatError, match="new_cache"):
+        objective.as_lm()(torch.tensor([[1, 2]]), cache=objective.trunk.new_cache(1, 4))
 
 
 def test_select_gathers_rows_of_a_draft() -> None:

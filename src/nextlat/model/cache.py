@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ class Cache:
         shape: (n_layers, rows, capacity, n_heads, head_width).
         like: a tensor whose dtype and device the cache takes.
     """
+
+    stores: ClassVar[tuple[str, ...]] = ("keys", "values")
+    """Names of what is kept of every position, (layers, rows, n, capacity, w) each."""
 
     def __init__(self, shape: tuple[int, int, int, int, int], like: Tensor) -> None:
         layers, rows, capacity, n_heads, head_width = shape
@@ -67,17 +71,20 @@ class Cache:
         Returns:
             (B, S, n_heads, head_width) keys and values, with S up to the end of the longest row.
         """
-        length, begin, even = keys.shape[1], self.longest, self.even
-        stop = begin + length
+        stop = self.longest + keys.shape[1]
         if stop > self.capacity:
             raise NextLatError(f"the cache holds {self.capacity} positions and {stop} are needed; make it larger")
-        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            if even:
-                store[:, :, begin:stop] = new.transpose(1, 2)
-            else:
-                rows = torch.arange(len(new), device=new.device)[:, None]
-                store[rows, :, self.positions(length)] = new
+        self.put(self.keys[layer], keys)
+        self.put(self.values[layer], values)
         return self.keys[layer, :, :, :stop].transpose(1, 2), self.values[layer, :, :, :stop].transpose(1, 2)
+
+    def put(self, store: Tensor, new: Tensor) -> None:
+        """Write (B, T, n, w) behind each row's length into one layer, (B, n, capacity, w), of a store."""
+        if self.even:
+            store[:, :, self.longest : self.longest + new.shape[1]] = new.transpose(1, 2)
+        else:
+            rows = torch.arange(len(new), device=new.device)[:, None]
+            store[rows, :, self.positions(new.shape[1])] = new
 
     def advance(self, length: int) -> None:
         """Remember T more positions of every row, after all layers have stored them."""
@@ -93,12 +100,14 @@ class Cache:
         for row, (chosen, begin) in enumerate(zip(places, begins, strict=True)):
             if list(chosen) != list(range(len(chosen))):
                 source = torch.tensor(chosen, device=self.keys.device) + begin
-                for store in (self.keys, self.values):
+                for name in self.stores:
+                    store = getattr(self, name)
                     store[:, row, :, begin : begin + len(chosen)] = store[:, row, :, source]
         self.lengths = [begin + len(chosen) for chosen, begin in zip(places, begins, strict=True)]
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with chosen rows only, in the order given."""
         index = torch.tensor(rows, device=self.keys.device)
-        self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
+        for name in self.stores:
+            setattr(self, name, getattr(self, name).index_select(1, index))
         self.lengths = [self.lengths[row] for row in rows]

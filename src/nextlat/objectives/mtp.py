@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Self, cast
 
 import torch
@@ -12,11 +14,12 @@ from torch import Tensor, nn
 from nextlat import options
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
+from nextlat.model.attention import attend
 from nextlat.model.cache import Cache
 from nextlat.model.head import OutputHead, Readout
 from nextlat.model.interfaces import LMOutput, states_at
 from nextlat.model.norm import RMSNorm
-from nextlat.model.rotary import Angles
+from nextlat.model.rotary import Angles, rotary_angles
 from nextlat.model.trunk import Block, Context, Transformer, init_normal, run_blocks
 from nextlat.objectives.base import Objective, Term, check_horizon, check_weight
 from nextlat.objectives.immediate import Piece, immediate_sums
@@ -37,9 +40,28 @@ class Head(nn.Module):
         state: Tensor = self.norm(self.block(shared, *context, layer))
         return state
 
-    def remember(self, shared: Tensor, angles: Angles, cache: Cache, layer: int) -> None:
-        """Store keys and values of (B, T, D) shared states without running the block."""
-        cache.extend(layer, *self.block.self_attn.keys_values(self.block.input_layernorm(shared), angles))
+    def behind(self, cache: HeadsCache, number: int, ends: Sequence[int]) -> Tensor:
+        """(B, D) states for the output head at the last position that each row of a cache shall look at.
+
+        The block is run there only. Before that, keys and values are made of the positions that this head lacks.
+
+        Args:
+            cache: of the model.
+            number: of this head, from 0.
+            ends: for each row of the cache, how many of its positions are looked at; at least 1.
+        """
+        rows, places = where = cache.unseen(number, ends)
+        keys, values = (part.transpose(1, 2) for part in cache.of_head(number))  # (B, capacity, n_heads, head_width)
+        shared = cache.shared[0, :, 0][where]
+        # queries of all these positions: mostly two or three, and one product more costs less than cutting angles
+        queries, keys[where], values[where] = self.block.project(shared, *(part[places] for part in cache.angles))
+        stop, mask = max(ends), None
+        if isinstance(rows, Tensor):
+            mask = torch.arange(stop, device=rows.device) < torch.tensor(ends, device=rows.device)[:, None]
+            mask = mask[:, None, None]
+        attended = attend(queries[:, -1:], keys[:, :stop], values[:, :stop], mask=mask)
+        state: Tensor = self.norm(self.block.mix(shared[:, -1:], attended))
+        return state[:, 0]
 
 
 class MTPOptions(options.Options):
@@ -186,43 +208,105 @@ class MTP(Objective):
         return MTPDrafter(self) if self.horizon else None
 
 
+class HeadsCache(Cache):
+    """A cache that also holds what the further heads read, for drafts that may come or not.
+
+    Every call stores the shared residual stream. A head's keys and values are made of it when the head first drafts,
+    and then only of positions that are new to it: who does not draft does not pay for heads. What was forgotten
+    and written anew since is new.
+
+    Args:
+        shape: (n_layers, rows, capacity, n_heads, head_width) of the plain model.
+        heads: number of further heads; their keys and values lie behind the plain model's.
+        like: a tensor whose dtype and device the cache takes.
+    """
+
+    stores = (*Cache.stores, "shared")
+
+    def __init__(self, shape: tuple[int, int, int, int, int], heads: int, like: Tensor) -> None:
+        layers, rows, capacity, n_heads, head_width = shape
+        super().__init__((layers + heads, *shape[1:]), like)
+        self.plain_layers = layers
+        self.shared = torch.zeros(1, rows, 1, capacity, n_heads * head_width, dtype=like.dtype, device=like.device)
+        """The residual stream after the shared blocks."""
+        self.known = [[0] * rows for _ in range(heads)]
+        """For each head, of how many positions of each row it has keys and values."""
+        self.rows = list(range(rows))
+        """Which row of the last call each row is."""
+
+    @cached_property
+    def angles(self) -> Angles:
+        """Of all positions."""
+        _, _, n_heads, capacity, head_width = self.keys.shape
+        return rotary_angles(torch.arange(capacity, device=self.keys.device), n_heads, head_width)
+
+    def of_head(self, number: int) -> tuple[Tensor, Tensor]:
+        """(B, n_heads, capacity, head_width) keys and values of a further head."""
+        return self.keys[self.plain_layers + number], self.values[self.plain_layers + number]
+
+    def store(self, shared: Tensor) -> None:
+        """Put (B, T, D) shared states behind each row's length; what the heads knew there is forgotten."""
+        self._forget(self.lengths)
+        self.rows = list(range(len(self.lengths)))
+        self.put(self.shared[0], shared[:, :, None])
+
+    def unseen(self, number: int, ends: Sequence[int]) -> tuple[slice | Tensor, slice | Tensor]:
+        """Index (rows, positions) of W positions before ``ends`` that hold all that a head lacks; it now knows them.
+
+        Each row's last one is always among them, because the head is asked there.
+        """
+        known = self.known[number]
+        self.known[number] = [max(pair) for pair in zip(known, ends, strict=True)]
+        width = max(1, *(end - begin for end, begin in zip(ends, known, strict=True)))
+        stop = max(ends)
+        if min(ends) == stop:
+            return slice(None), slice(stop - width, stop)
+        device = self.keys.device
+        places = torch.tensor(ends, device=device)[:, None] + torch.arange(-width, 0, device=device)
+        # a row with fewer positions makes its first one several times, and the same each time
+        return torch.arange(len(ends), device=device)[:, None], places.clamp(min=0)
+
+    def keep(self, places: Sequence[Sequence[int]], begins: Sequence[int]) -> None:
+        """As of any cache; what is moved is new to the heads."""
+        super().keep(places, begins)
+        self._forget(begins)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with chosen rows only, in the order given."""
+        super().select(rows)
+        self.rows = [self.rows[row] for row in rows]
+        self.known = [[known[row] for row in rows] for known in self.known]
+
+    def _forget(self, lengths: Sequence[int]) -> None:
+        self.known = [[min(pair) for pair in zip(known, lengths, strict=True)] for known in self.known]
+
+
 class DraftFeatures(NamedTuple):
     """What the further heads need of one call of the model."""
 
     shared: Tensor
     """(B, T, D) residual stream after the shared blocks."""
     context: Context
-    """Positions and visibility of that call; its cache holds the heads' keys and values up to that call."""
-
-
-class _StoredKeys(Cache):
-    """A cache as one call left it, read again for the same positions instead of being extended."""
-
-    def __init__(self, cache: Cache) -> None:
-        self.keys, self.values, self.lengths = cache.keys, cache.values, list(cache.lengths)
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        seen = slice(self.longest)
-        return self.keys[layer, :, :, seen].transpose(1, 2), self.values[layer, :, :, seen].transpose(1, 2)
+    """Positions and visibility of that call, and its cache."""
+    positions: Tensor | None
+    """(T,) or (B, T) positions of a call with a cache."""
 
 
 class MTPModel:
     """The plain model behind :class:`MTP`: shared blocks, head 0 and the output head.
 
     ``hidden`` is the state of head 0; ``probe_state`` is the residual stream after the shared blocks, the
-    last state that serves all heads. A cache also holds keys and values of the further heads, written along
-    with the model's own, so that rolling it back rolls them back too.
+    last state that serves all heads. A cache also holds that stream, so that heads can draft from it.
     """
 
     def __init__(self, objective: MTP) -> None:
         self.objective = objective
 
-    def new_cache(self, rows: int, capacity: int) -> Cache:
+    def new_cache(self, rows: int, capacity: int) -> HeadsCache:
         """An empty cache for ``rows`` rows of up to ``capacity`` positions."""
         model = self.objective.trunk
-        layers = len(model.layers) + len(self.objective.heads)
-        shape = (layers, rows, capacity, model.n_heads, model.width // model.n_heads)
-        return Cache(shape, model.embedding_weight)
+        shape = (len(model.layers), rows, capacity, model.n_heads, model.width // model.n_heads)
+        return HeadsCache(shape, len(self.objective.heads), model.embedding_weight)
 
     def __call__(
         self,
@@ -235,31 +319,54 @@ class MTPModel:
     ) -> LMOutput:
         """Next-token logits, at (B,) positions only if ``logits_at`` names them, and states of (B, T) tokens."""
         objective = self.objective
+        if cache is not None and not isinstance(cache, HeadsCache):
+            raise NextLatError(f"mtp got a {type(cache).__name__}; decode with a cache of its own new_cache()")
+        if cache is not None and positions is None:
+            positions = cache.positions(tokens.shape[1])
         context = objective.trunk.context(tokens, documents, positions, mask, cache)
         shared = objective.shared_states(tokens, context)
         hidden = objective.plain_head(shared, context)
-        stored = None
         if cache is not None:
-            for layer, head in enumerate(objective.heads, start=len(objective.trunk.layers)):
-                cast(Head, head).remember(shared, context.angles, cache, layer)
+            cache.store(shared)
             cache.advance(tokens.shape[1])
-            stored = _StoredKeys(cache)
-        features = DraftFeatures(shared, context._replace(cache=stored))
+        features = DraftFeatures(shared, context, positions)
         logits = objective.trunk.lm_head(states_at(hidden, logits_at))
         return LMOutput(logits, hidden, cache, shared, draft_features=features)
 
 
-class MTPState(NamedTuple):
-    """A draft in progress."""
+@dataclass
+class Accepted:
+    """A call of the model, and the last accepted position of each of its rows."""
 
-    states: Tensor
-    """(B, d, D) states of the further heads at the last accepted position."""
+    features: DraftFeatures
+    index: Tensor
+    """(B,) among the positions of the call."""
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """How many positions of a cache each row may look at, once it holds the accepted ones only."""
+        positions = self.features.positions
+        assert positions is not None
+        last = positions.expand(len(self.index), -1).gather(1, self.index[:, None])
+        return [place + 1 for place in last[:, 0].tolist()]
+
+
+class MTPState(NamedTuple):
+    """A draft in progress; a head is run when its token is asked for."""
+
+    call: Accepted
+    rows: list[int]
+    """Rows of the call that are drafted for."""
     drafted: int
     """How many tokens have been fed since."""
 
 
 class MTPDrafter:
-    """Drafts the first token from the model's own logits, token j + 1 from head j, independent of each other."""
+    """Drafts the first token from the model's own logits, token j + 1 from head j, independent of each other.
+
+    A step runs one head at one position of each row. It reads the cache of the call that was observed: roll it back to
+    the accepted positions before drafting, and draft before the model's next call.
+    """
 
     max_length: int | None
     vocabulary: Tensor | None = None
@@ -271,17 +378,13 @@ class MTPDrafter:
         self.max_length = objective.horizon + 1
 
     def observe(self, output: LMOutput, accepted: Tensor) -> MTPState:
-        """State after a call of the model, before its cache is rolled back or reordered.
+        """State after a call of the model.
 
         Args:
             output: of :class:`MTPModel`.
             accepted: (B,) index into the call's positions of each row's last accepted one.
         """
-        features: DraftFeatures = output.draft_features
-        rows = torch.arange(len(accepted), device=accepted.device)
-        steps = range(1, self.objective.horizon + 1)
-        states = [self.objective.head_states(step, *features)[rows, accepted] for step in steps]
-        return MTPState(torch.stack(states, 1), 0)
+        return MTPState(Accepted(output.draft_features, accepted), list(range(len(accepted))), 0)
 
     def step(self, state: MTPState, token: Tensor) -> tuple[MTPState, Tensor]:
         """Next state and (B, V) logits of the next token; they do not depend on the token fed.
@@ -294,9 +397,23 @@ class MTPDrafter:
                 f"mtp with horizon = {self.objective.horizon} drafts at most {self.max_length} tokens a round; "
                 f"draft {self.max_length} or fewer, or train with a longer horizon"
             )
-        logits = self.head(state.states[:, state.drafted])
+        held, states = self._states(state.call, state.drafted)
+        logits = self.head(states)
+        if state.rows != held:
+            place = {row: i for i, row in enumerate(held)}
+            logits = logits[torch.tensor([place[row] for row in state.rows], device=logits.device)]
         return state._replace(drafted=state.drafted + 1), logits
+
+    def _states(self, call: Accepted, number: int) -> tuple[list[int], Tensor]:
+        """Rows of a call, and the (B, D) states of a further head, numbered from 0, at what was accepted of them."""
+        shared, context, _ = call.features
+        cache = context.cache
+        if isinstance(cache, HeadsCache):
+            head = cast(Head, self.objective.heads[number])
+            return cache.rows, head.behind(cache, number, [call.ends[row] for row in cache.rows])
+        rows = torch.arange(len(call.index), device=call.index.device)
+        return rows.tolist(), self.objective.head_states(number + 1, shared, context)[rows, call.index]
 
     def select(self, state: MTPState, rows: Tensor) -> MTPState:
         """The state of chosen rows."""
-        return state._replace(states=state.states[rows])
+        return state._replace(rows=[state.rows[row] for row in rows.tolist()])
