@@ -185,6 +185,24 @@ def test_draft_laws_are_the_slots_after_the_drafted_tokens(variant: dict[str, bo
         drafter.step(state, drafts[:, 0])
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_plain_decoding_leaves_out_what_drafts_alone_need(variant: dict[str, bool]) -> None:
+    """Slot 0 sees itself only, so its scores change nothing; observing a call prepares nothing that may not be used."""
+    objective, tokens = small("jtp", horizon=2, **variant), torch.tensor([[1, 2, 3, 4], [4, 0, 2, 2]])
+    fetch, drafter, used = objective.fetch, objective.drafter(), list[str]()
+    for name in ("q_proj", "k_proj"):
+        getattr(fetch, name).register_forward_hook(lambda *_, name=name: used.append(name))
+    output = objective.as_lm()(tokens)
+    state = drafter.observe(output, torch.tensor([3, 1]))
+    assert not used
+    embeddings = torch.nn.functional.embedding(tokens, objective.model.embed_tokens.weight)
+    whole = fetch(output.hidden, embeddings[..., None, :])[..., 0, :]
+    torch.testing.assert_close(output.logits, objective.model.lm_head(whole), rtol=1e-12, atol=1e-12)
+    used.clear()
+    drafter.step(state, torch.tensor([1, 2]))
+    assert sorted(used) == ["k_proj", "q_proj"]
+
+
 def test_drafts_depend_on_the_tokens_drafted_before() -> None:
     objective = small("jtp", horizon=2)
     drafter, output = objective.drafter(), objective.as_lm()(torch.tensor([[1, 2, 3, 4]]))
@@ -193,10 +211,13 @@ def test_drafts_depend_on_the_tokens_drafted_before() -> None:
     assert not torch.allclose(one, two)
 
 
-def test_select_gathers_rows_of_a_draft() -> None:
+@pytest.mark.parametrize("drafted", [False, True])
+def test_select_gathers_rows_of_a_draft(drafted: bool) -> None:
     objective = small("jtp", horizon=2)
     drafter, output = objective.drafter(), objective.as_lm()(torch.tensor([[1, 2], [3, 4], [0, 1]]))
-    state, _ = drafter.step(drafter.observe(output, torch.tensor([1, 1, 0])), torch.tensor([1, 2, 3]))
+    state = drafter.observe(output, torch.tensor([1, 1, 0]))
+    if drafted:
+        state, _ = drafter.step(state, torch.tensor([1, 2, 3]))
     rows = torch.tensor([2, 0, 0, 1])
     _, found = drafter.step(drafter.select(state, rows), torch.tensor([1, 4, 4, 0]))
     _, logits = drafter.step(state, torch.tensor([4, 0, 1]))

@@ -95,11 +95,27 @@ class Fetch(nn.Module):
         query = self.q_proj(slots).unflatten(-1, (self.heads, -1))
         scores = torch.einsum("...ihe,...jhe->...hij", query, keys) * query.shape[-1] ** -0.5
         table = self.table()[:, first : first + count, : first + count]
-        future = torch.ones(count, first + count, dtype=torch.bool, device=slots.device).triu(first + 1)
-        weights = (wide(scores) + table).masked_fill(future, float("-inf")).softmax(-1).to(values.dtype)
+        scores = wide(scores) + table
+        if count > 1:  # the last of all slots sees all
+            future = torch.ones(count, first + count, dtype=torch.bool, device=slots.device).triu(first + 1)
+            scores = scores.masked_fill(future, float("-inf"))
+        weights = scores.softmax(-1).to(values.dtype)
         out = self.o_proj(torch.einsum("...hij,...jhe->...ihe", weights, values).flatten(-2))
-        keeps = torch.arange(first, first + count, device=slots.device) > (-1 if self.residual_next else 0)
-        state: Tensor = self.norm(out + torch.where(keeps[:, None], hidden[..., None, :], 0.0))
+        kept = hidden[..., None, :]
+        if not (first or self.residual_next):
+            kept = torch.where(torch.arange(count, device=slots.device)[:, None] > 0, kept, 0.0)
+        state: Tensor = self.norm(out + kept)
+        return state
+
+    def alone(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """(..., D) states that predict the next target: slot 0 sees only itself, so that no scores are needed.
+
+        Args:
+            hidden: (..., D) trunk states h_t.
+            embedding: (..., D) raw embeddings of x_t.
+        """
+        out = self.o_proj(self.v_proj(self.combine(hidden, embedding)))
+        state: Tensor = self.norm(out + hidden if self.residual_next else out)
         return state
 
     def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:

@@ -166,8 +166,7 @@ class JTPModel:
         extra: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         hidden = objective.model.hidden_states(tokens, documents, **extra)
         embeddings = F.embedding(tokens, objective.model.embedding_weight)
-        read = states_at(hidden, logits_at), states_at(embeddings, logits_at)[..., None, :]
-        state = objective.fetch(*read)[..., 0, :]
+        state = objective.fetch.alone(states_at(hidden, logits_at), states_at(embeddings, logits_at))
         # our trunk's head as a module, so that whatever stands in for it is used
         model = objective.model
         logits = model.lm_head(state) if isinstance(model, Transformer) else F.linear(state, model.head_weight)
@@ -179,9 +178,11 @@ class JTPState(NamedTuple):
 
     hidden: Tensor
     """(B, D) trunk state at the last accepted position."""
-    keys: Tensor
+    embedding: Tensor
+    """(B, D) of the token there; slot 0 is made of it when a token is drafted."""
+    keys: Tensor | None = None
     """(B, slots so far, heads, D / heads)."""
-    values: Tensor
+    values: Tensor | None = None
     """Likewise."""
 
 
@@ -205,9 +206,7 @@ class JTPDrafter:
             accepted: (B,) index into the call's positions of each row's last accepted one.
         """
         rows = torch.arange(len(accepted), device=accepted.device)
-        hidden, embedding = output.hidden[rows, accepted], output.draft_features[rows, accepted]
-        fetch = self.objective.fetch
-        return JTPState(hidden, *fetch.keys_values(fetch.combine(hidden, embedding)[:, None]))
+        return JTPState(output.hidden[rows, accepted], output.draft_features[rows, accepted])
 
     def step(self, state: JTPState, token: Tensor) -> tuple[JTPState, Tensor]:
         """Feed (B,) tokens; next state and (B, V) logits of the token after them.
@@ -215,7 +214,7 @@ class JTPDrafter:
         Raises:
             NextLatError: the draft is d + 1 tokens long already.
         """
-        slot = state.keys.shape[1]
+        slot = 1 if state.keys is None else state.keys.shape[1]
         if slot > self.objective.horizon:
             raise NextLatError(
                 f"jtp with horizon = {self.objective.horizon} drafts at most {self.max_length} tokens a round; "
@@ -223,12 +222,17 @@ class JTPDrafter:
             )
         fetch = self.objective.fetch
         embedding = F.embedding(token, self.objective.model.embedding_weight)
-        slots = fetch.combine(state.hidden, embedding)[:, None]
-        grown = (torch.cat(pair, 1) for pair in zip(state[1:], fetch.keys_values(slots), strict=True))
-        state = JTPState(state.hidden, *grown)
-        predicting = fetch.mix(state.hidden, slots, state.keys, state.values, first=slot)[:, 0]
+        first = state.keys is None
+        embeddings = torch.stack([state.embedding, embedding], 1) if first else embedding[:, None]
+        slots = fetch.combine(state.hidden[:, None], embeddings)
+        keys, values = fetch.keys_values(slots)
+        if state.keys is not None and state.values is not None:
+            keys, values = torch.cat([state.keys, keys], 1), torch.cat([state.values, values], 1)
+        predicting = fetch.mix(state.hidden, slots[:, -1:], keys, values, first=slot)[:, 0]
+        state = state._replace(keys=keys, values=values)
         return state, self.head(predicting)
 
     def select(self, state: JTPState, rows: Tensor) -> JTPState:
         """The state of chosen rows."""
-        return JTPState(*(part[rows] for part in state))
+        keys, values = (None if part is None else part[rows] for part in (state.keys, state.values))
+        return JTPState(state.hidden[rows], state.embedding[rows], keys, values)
