@@ -13,6 +13,7 @@ import nextlat.decoding.costs as module
 from nextlat.decoding import Sampling
 from nextlat.decoding.costs import Costs, expected_tokens, measure_costs
 from nextlat.errors import NextLatError
+from nextlat.objectives import MTP
 from nextlat.timing import Timing
 from tests.decoding.test_speculative import trained
 
@@ -121,17 +122,25 @@ def test_impossible_costs_are_refused(given: dict[str, Any]) -> None:
         Costs(**given)
 
 
-def fake_clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+ROUNDS = {"plain round": 4.0, "round of 1": 4.0 * 1.7, "round of 4": 4.0 * 2.68}
+"""Seconds: of a plain step 1 and 0.1 or 0.2 more than drafting and verifying take."""
+
+
+def fake_clock(monkeypatch: pytest.MonkeyPatch, rounds: dict[str, float] = ROUNDS) -> dict[str, int]:
     """Every arm runs once and takes the seconds that its name says; returns how often each was run."""
     runs: dict[str, int] = {}
+
+    def took(name: str) -> float:
+        if name.isdigit():
+            return 2.0 + 0.5 * int(name)
+        return {"draft": 4 * 0.5, "renew": 9.0, **rounds}[name]
 
     def interleave(arms: Any, repetitions: int, warmup: int = 1) -> dict[str, Timing]:
         out = {}
         for name, arm in arms.items():
             arm()
             runs[name] = runs.get(name, 0) + 1
-            took = (4 * 0.3 if name == "draft" else 2.0 + 0.5 * int(name),) * repetitions
-            out[name] = Timing(took, took)
+            out[name] = Timing((took(name),) * repetitions, (took(name),) * repetitions)
         return out
 
     monkeypatch.setattr(module, "interleave", interleave)
@@ -154,13 +163,52 @@ def test_measured_costs_are_in_units_of_a_plain_step(
 
         new_cache = staticmethod(lm.new_cache)
 
-    costs = measure_costs(Watched(), objective.drafter(), rows, 6, [2, 4], sampling=sampling)  # type: ignore[arg-type]
-    assert costs.draft == pytest.approx(0.3 / 2.5)
-    assert costs.verify == pytest.approx({1: 1.0, 2: 3 / 2.5, 4: 4 / 2.5})
-    assert runs == {"draft": 2, "1": 2, "2": 2, "4": 2}
-    # every call stands behind the same context
+    drafter = objective.drafter()
+    assert drafter is not None
+    costs = measure_costs(Watched(), drafter, rows, 6, [2, 5], sampling=sampling)  # type: ignore[arg-type]
+    assert costs.draft == pytest.approx(0.5 / 2.5)
+    assert costs.verify == pytest.approx({1: 1.0, 2: 3 / 2.5, 5: 4.5 / 2.5})
+    # a round of 1 takes 1.7 plain rounds and must take 1.2 + 0.2, a round of 4 2.68 and 1.8 + 0.8
+    assert costs.overhead == pytest.approx((0.3 + 0.08) / 2)
+    assert runs == dict.fromkeys(["1", "2", "5", *ROUNDS, "renew", "draft"], 2)
+    # every call stands behind the same context, and rounds behind each other
     assert lengths[0] == (torch.Size([rows, 6]), 0)
-    assert lengths[1:] == [(torch.Size([rows, k]), 6) for k in (1, 2, 4)] * 2
+    calls = [(length[1], begin) for length, begin in lengths[1:]]
+    assert calls[:9] == [(1, 6), (2, 6), (5, 6), (1, 6), (2, 6), (2, 8), (5, calls[6][1]), (1, 6), (2, 6)]
+    assert calls[6][1] in (9, 10)
+
+
+def test_an_overhead_is_never_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_clock(monkeypatch, {"plain round": 4.0, "round of 1": 4.0, "round of 4": 4.0})
+    objective = trained()
+    assert measure_costs(objective.as_lm(), objective.drafter(), 1, 6, [2, 5]).overhead == 0  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_what_a_drafter_puts_off_is_paid_in_the_arm_that_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that knew their keys from the turn before would look cheaper than they are when decoding."""
+    objective = trained("mtp")
+    assert isinstance(objective, MTP)
+    made, arm_of = dict[str, list[int]](), [""]
+
+    def interleave(arms: Any, repetitions: int, warmup: int = 1) -> dict[str, Timing]:
+        for _ in range(repetitions):
+            for arm_of[0], arm in arms.items():
+                arm()
+        return dict.fromkeys(arms, Timing((1.0,), (1.0,)))
+
+    def count(_: object, inputs: tuple[Tensor], output: Tensor) -> None:
+        made.setdefault(arm_of[0], []).append(inputs[0].shape[1])
+
+    monkeypatch.setattr(module, "interleave", interleave)
+    for head in objective.heads:
+        head.block.self_attn.k_proj.register_forward_hook(count)  # type: ignore[union-attr]
+    measure_costs(objective.as_lm(), objective.drafter(), 1, 6, [2], budget=0.01)  # type: ignore[arg-type]
+    longest = objective.horizon
+    assert set(made) == {"round of 1", f"round of {longest}", "draft"}
+    turns = len(made["round of 1"])
+    assert made["round of 1"] == [8, *[2] * (turns - 1)]  # first the context, then what the call before it added
+    assert [len(made[f"round of {longest}"]), len(made["draft"])] == [turns * longest] * 2
 
 
 def test_costs_of_a_drafter_with_a_horizon_and_real_clock() -> None:

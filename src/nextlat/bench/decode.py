@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -268,7 +269,11 @@ def replayed(
 
 
 def bound(counted: Statistics, costs: Costs) -> float:
-    """Most that rounds can gain over plain decoding with the same weights: their tokens over what they must cost."""
+    """Most that rounds can gain over plain decoding with the same weights: their tokens over what they must cost.
+
+    They must draft and verify. The overhead is part of what is measured against this bound, and not of the bound.
+    """
+    costs = replace(costs, overhead=0.0)
     at_least = [counted.rounds, *counted.drafted, 0]  # rounds that drafted 0, 1, ... tokens or more
     spent = sum((n - more) * costs.round(length) for length, (n, more) in enumerate(pairwise(at_least)))
     return counted.tokens_per_round * counted.rounds / spent

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nextlat.decoding.policies import check_length
+from nextlat.decoding.policies import Static, check_length
+from nextlat.decoding.rounds import Setting, play_chain
 from nextlat.decoding.sampling import Sampling, draw
 from nextlat.decoding.verification import find_verification
 from nextlat.errors import NextLatError
@@ -28,13 +30,13 @@ class Costs:
     """Prices of a round of drafting and verifying, in units of one cached step of plain decoding.
 
     With acceptance ``a`` at each of n drafted tokens, a round yields ``1 + a + ... + a^n`` tokens and costs
-    ``V(n + 1) + n c``; Leviathan et al. (arXiv 2211.17192) have ``V = 1``. On a CPU V is a staircase, so the best n
-    lies at the end of a step and not where a smooth curve would have it.
+    ``V(n + 1) + n c`` and the overhead; Leviathan et al. (arXiv 2211.17192) have ``V = 1`` and none. On a CPU V is a
+    staircase, so the best n lies at the end of a step and not where a smooth curve would have it.
 
     Args:
         draft: c, one draft step.
         verify: V(k) for some numbers k of positions in one call; ``V(1) = 1`` may be left out.
-        overhead: of a round with drafts, beyond drafting and verifying.
+        overhead: of a round with drafts, beyond drafting and verifying: what keeping books on them takes.
 
     Raises:
         NextLatError: a price that is not positive, or a call over fewer than one position.
@@ -109,7 +111,8 @@ class Costs:
     def advice(self, longest: int = LONGEST) -> str:
         """What the measured costs mean for drafts of up to ``longest`` tokens, in a sentence."""
         prices = (
-            f"a draft step costs {self.draft:.2f} of a decoding step, a call over 4 tokens {self.verification(4):.2f}"
+            f"a draft step costs {self.draft:.2f} of a decoding step, a call over 4 tokens {self.verification(4):.2f}, "
+            f"and {self.overhead:.2f} are added to a round with drafts"
         )
         least = self.break_even(longest)
         if least is None:
@@ -152,10 +155,13 @@ def measure_costs(
     device: torch.device | str = "cpu",
     budget: float = 1.0,
 ) -> Costs:
-    """Time draft steps and calls over 1, 2, ... positions behind a cache, as decoding makes them.
+    """Time draft steps, calls over 1, 2, ... positions behind a cache, and whole rounds, as decoding makes them.
 
-    Drawing tokens and judging drafts are part of what is timed. The arms take turns, so that a busy neighbour slows
-    all alike, and medians are compared: of processor time on one thread, of wall time on several.
+    Drawing tokens and judging drafts are part of what is timed. Draft steps begin right behind a call of the model, so
+    that a drafter that puts work off pays for it there. The overhead is what rounds take beyond their calls and draft
+    steps, observing the call included, on average over rounds of one and of several tokens. The arms take turns, so
+    that a busy neighbour slows all alike, and medians are compared: of processor time on one thread, of wall time on
+    several.
 
     Args:
         lm: the model.
@@ -169,21 +175,25 @@ def measure_costs(
         budget: about how many seconds to spend; three turns are made whatever they take.
 
     Returns:
-        costs in units of a call over one position; they depend on machine, threads, rows and context.
+        costs in units of a step of plain decoding: calls and drafts over a call over one position, rounds over a round
+        without a drafter; they depend on machine, threads, rows and context.
     """
     if rows < 1 or context < 1 or not lengths or min(lengths) < 1:
         raise NextLatError(f"rows={rows}, context={context}, lengths={list(lengths)}; all must be at least 1")
     sampling, judge = sampling or Sampling(), find_verification(verification)
     counts = sorted({1, *lengths})
-    cache = lm.new_cache(rows, context + counts[-1])
+    steps = DRAFT_STEPS if drafter.max_length is None else max(1, min(DRAFT_STEPS, drafter.max_length - 1))
+    drafts = sorted({1, steps})
+    # rounds stand behind each other: two known positions, and all that each may add
+    cache = lm.new_cache(rows, context + max(counts[-1], 3 + sum(n + 1 for n in drafts)))
 
     def tokens(count: int) -> Tensor:
         return torch.zeros(rows, count, dtype=torch.int64, device=device)
 
+    state: Any = None
     coins = torch.full((rows,), 0.5, dtype=torch.float64)
-    first = lm(tokens(context), cache=cache)
+    vocab_size = lm(tokens(context), cache=cache).logits.shape[-1]
     cache.lengths = [context] * rows
-    start = drafter.observe(first, torch.full((rows,), context - 1, device=device))
 
     def verify(count: int) -> None:
         output = lm(tokens(count), cache=cache)
@@ -198,22 +208,48 @@ def measure_costs(
             law = judge(p, p[:, 1:], tokens(count - 1), drafted, coins.to(p)[:, None].expand(-1, count - 1)).law
         draw(law, coins)
 
-    steps = DRAFT_STEPS if drafter.max_length is None else max(1, min(DRAFT_STEPS, drafter.max_length - 1))
+    def even(*shape: int) -> Tensor:
+        return torch.full(shape, 0.5, dtype=torch.float64)
+
+    def play(length: int | None) -> None:
+        nonlocal state
+        setting = Setting(lm, None if length is None else drafter, cache, sampling, even, vocab_size)
+        begins, room = list(cache.lengths), torch.full((rows,), length or 0, device=device)
+        made = play_chain(setting, Static(length or 0), judge, state, tokens(1)[:, 0], room)
+        if length is not None:
+            state = drafter.observe(made.output, made.path.gather(1, made.accepted[:, None])[:, 0])
+        places = [one[: n + 1] for one, n in zip(made.path.tolist(), made.accepted.tolist(), strict=True)]
+        cache.keep(places, begins)
+
+    def renew() -> None:
+        nonlocal state
+        cache.lengths = [context] * rows
+        output = lm(tokens(2), cache=cache)
+        state = drafter.observe(output, torch.ones(rows, dtype=torch.int64, device=device))
 
     def draft() -> None:
-        state, token = start, tokens(1)[:, 0]
+        now, token = state, tokens(1)[:, 0]
         for _ in range(steps):
-            state, logits = drafter.step(state, token)
+            now, logits = drafter.step(now, token)
             column = logits.argmax(-1) if sampling.greedy else draw(sampling.law(logits), coins)
             token = column if drafter.vocabulary is None else drafter.vocabulary[column]
         token.tolist()
+        cache.lengths = [context] * rows
+
+    def round_of(length: int | None) -> Arm:
+        return lambda: play(length)
 
     def arm(count: int) -> Arm:
         return lambda: verify(count)
 
-    arms: dict[str, Arm] = {"draft": draft, **{str(count): arm(count) for count in counts}}
+    # each of the rounds, and the draft, begins with the state that the arm before it has left
+    arms: dict[str, Arm] = {str(count): arm(count) for count in counts}
+    arms |= {"plain round": round_of(None), "renew": renew}
+    arms |= {f"round of {length}": round_of(length) for length in drafts} | {"draft": draft}
     trial = interleave(arms, 1)
     turns = int(budget / max(sum(t.wall[0] for t in trial.values()), 1e-9))
     found = {name: seconds(timing) for name, timing in interleave(arms, min(max(turns, 3), 25), 0).items()}
-    plain = found["1"]
-    return Costs(found["draft"] / steps / plain, {count: found[str(count)] / plain for count in counts})
+    step = found["1"]
+    bare = Costs(found["draft"] / steps / step, {count: found[str(count)] / step for count in counts})
+    beyond = [found[f"round of {n}"] / found["plain round"] - bare.round(n) for n in drafts]
+    return replace(bare, overhead=max(sum(beyond) / len(beyond), 0.0))
