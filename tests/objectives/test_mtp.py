@@ -270,6 +270,8 @@ def test_heads_see_exactly_the_kept_text_whatever_was_called_kept_and_drafted_be
         output = lm(tokens, positions=behind[:, None] + depths, mask=tree.mask(behind), cache=cache)
         accepted = pick(nodes, (len(texts),))
         state = drafter.observe(output, accepted)
+        if data.draw(st.booleans()):  # too early to mean anything, and harmless
+            drafter.step(state, accepted)
         kept = [way[node] for way, node in zip(paths, accepted.tolist(), strict=True)]
         cache.keep(kept, begins)
         for text, row, path in zip(texts, tokens.tolist(), kept, strict=True):

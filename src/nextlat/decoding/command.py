@@ -290,6 +290,7 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
         "draft_int8": survey.cheap.int8,
         "packing": fast.report(),
         "draft_cost": costs.draft,
+        "draft_overhead": costs.overhead,
         "verification_cost": {str(k): price for k, price in costs.verify.items()},
     }
     write_json(file, written | {"setting": setting})
