@@ -192,9 +192,9 @@ def fit_dynamics(
 def fit_acceptance(
     run: Annotated[Path, typer.Argument(help="A run directory of nextlat, mtp or jtp.")],
     temperature: Annotated[float, typer.Option(min=0, help="Of the text that is drafted; 0 is greedy.")] = 0.0,
-    prompts: Annotated[int, typer.Option(min=2, help="Texts to continue; a fifth of them is only measured on.")] = 64,
-    length: Annotated[int, typer.Option(min=1, help="Of the drafts, at most what the drafter makes.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Of the fit.")] = 300,
+    prompts: Annotated[int, typer.Option(min=3, help="Texts to continue; a fifth of them is only measured on.")] = 512,
+    length: Annotated[int, typer.Option(min=1, help="Of the drafts, at most what the drafter makes.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Of the fit.")] = 1500,
     state: Annotated[bool, typer.Option(help="Read the drafter's state beside its law.")] = True,
     device: Device = None,
 ) -> None:

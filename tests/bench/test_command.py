@@ -46,7 +46,7 @@ LINES = {
         "share of the bound reached, acceptance 0.95",
         "8 rows, acceptance 0.8: plain / drafted",
         "acceptance from which drafts pay",
-        "adaptive / best fixed length: least",
+        "adaptive, fitted head / best fixed length: least",
         "tokens kept of 4: int8 / all tokens",
     ],
 }

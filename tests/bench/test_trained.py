@@ -11,6 +11,7 @@ import torch
 from nextlat.bench.decode import bound, gain
 from nextlat.bench.trained import (
     ADAPTIVE,
+    LEARNED,
     Contender,
     adaptive_against_static,
     against_rivals,
@@ -43,15 +44,16 @@ RUN: Any = type("Run", (), {"path": Path("run"), "step": 9})()
 
 
 def contender(name: str, trained: Any = None, **seconds: float) -> Contender:
-    way = {"plain": PLAIN, "adaptive": ADAPTIVE}
+    way = {"plain": PLAIN, "adaptive": ADAPTIVE, "learned": LEARNED}
     arms = {way.get(key, key.removeprefix("s")): arm(value) for key, value in seconds.items()}
     drafter: Any = type("Any length", (), {"max_length": None})()
     nothing: Any = None
-    return Contender(name, trained, nothing, drafter, Costs(0.1, {1: 1.0, 4: 1.5}), {"prose": arms}, {"prose": 1.3})
+    costs = Costs(0.1, {1: 1.0, 4: 1.5})
+    return Contender(name, trained, nothing, drafter, costs, nothing, {"prose": arms}, {"prose": 1.3})
 
 
 def test_the_best_fixed_length_took_least_time_and_packing_alone_is_one_of_them() -> None:
-    assert best_static(contender("nextlat", plain=9, s0=5, s2=3, s8=4, adaptive=1).found["prose"]) == "2"
+    assert best_static(contender("nextlat", plain=9, s0=5, s2=3, s8=4, adaptive=1, learned=1).found["prose"]) == "2"
     assert best_static(contender("nextlat", plain=9, s0=2, s2=3, s8=4, adaptive=1).found["prose"]) == "0"
 
 
@@ -73,11 +75,14 @@ def test_a_rival_that_is_slower_makes_a_ratio_above_one() -> None:
 
 
 def test_the_gain_of_adapting_is_over_the_best_fixed_length_of_each_domain() -> None:
-    one = contender("nextlat", RUN, plain=8, s0=6, s2=3, adaptive=2)
-    one.found["code"] = {PLAIN: arm(8), "0": arm(1), "2": arm(3), ADAPTIVE: arm(2)}
-    found = {result.name: result.value for result in adaptive_against_static(one, 0.0)}
-    assert found["adaptive / best fixed length: geometric mean"] == pytest.approx((1.5 * 0.5) ** 0.5)
-    assert found["adaptive / best fixed length: least"] == pytest.approx(0.5)
+    one = contender("nextlat", RUN, plain=8, s0=6, s2=3, adaptive=2, learned=1.5)
+    one.found["code"] = {PLAIN: arm(8), "0": arm(1), "2": arm(3), ADAPTIVE: arm(2), LEARNED: arm(0.8)}
+    found = {result.name: result for result in adaptive_against_static(one, 0.0)}
+    assert found["adaptive / best fixed length: geometric mean"].value == pytest.approx((1.5 * 0.5) ** 0.5)
+    assert found["adaptive / best fixed length: least"].value == pytest.approx(0.5)
+    mean, least = (found[f"{LEARNED} / best fixed length: {name}"] for name in ("geometric mean", "least"))
+    assert (mean.value, mean.target) == (pytest.approx((2 * 1.25) ** 0.5), 1.15)
+    assert (least.value, least.target) == (pytest.approx(1.25), 0.99)
 
 
 def walk(kept: list[int], length: int) -> list[tuple[int, int]]:
@@ -146,7 +151,7 @@ def test_the_limit_of_a_gain_is_the_bound_in_units_of_the_faster_plain_decoding(
 
 
 def test_a_domain_has_gains_over_plain_decoding_and_a_bound_in_units_of_the_weights_that_drafts_get() -> None:
-    one = contender("nextlat", RUN, plain=8, s0=6, s2=3, adaptive=2)
+    one = contender("nextlat", RUN, plain=8, s0=6, s2=3, adaptive=2, learned=2)
     found = {result.name: result.value for result in on_domain(one, "prose", 0.0)}
     assert found["plain / drafts of 2, the best fixed length"] == pytest.approx(8 / 3)
     assert found["plain / adaptive"] == pytest.approx(4)
@@ -160,7 +165,7 @@ def test_a_domain_has_gains_over_plain_decoding_and_a_bound_in_units_of_the_weig
         for temperature in (0.0, 1.0)
     ]
     assert limits == [1.3, None]  # hindsight is known for greedy texts only
-    nothing = contender("nextlat", RUN, plain=8, s0=2, s2=3, adaptive=2)
+    nothing = contender("nextlat", RUN, plain=8, s0=2, s2=3, adaptive=2, learned=2)
     found = {result.name: result.value for result in on_domain(nothing, "prose", 0.0)}
     assert found["plain / drafts of 0, the best fixed length"] == pytest.approx(4)
     assert "share of the bound reached" not in found

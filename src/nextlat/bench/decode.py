@@ -79,6 +79,8 @@ class Plan(NamedTuple):
     """A model to train on the spot."""
     prompts: int
     """Prompts of each domain, for trained models."""
+    fitted: int
+    """Texts that their acceptance heads are fitted to."""
 
 
 LARGE, SMALL = Size(12, 768, 12, 50_257, 4_096), Size(8, 768, 12, 1_000, 1_000)
@@ -92,6 +94,7 @@ PLANS: dict[Effort, Plan] = {
         (SMALL, 64, 64, 5),
         Small("fineweb_edu/mini", 600, ()),
         8,
+        512,
     ),
     "quick": Plan(
         (LARGE, (257, 512), 3),
@@ -99,6 +102,7 @@ PLANS: dict[Effort, Plan] = {
         (SMALL, 64, 32, 2),
         Small("fineweb_edu/mini", 120, ("training.warmup_steps=30", "training.decay_steps=60")),
         2,
+        96,
     ),
     "tiny": Plan(
         (TINY, (5, 8), 2),
@@ -106,6 +110,7 @@ PLANS: dict[Effort, Plan] = {
         (TINY, 4, 6, 2),
         Small("path_star/mini", 2, ("model.width=16", "model.n_layers=1", "model.n_heads=2", "data.test_size=40")),
         1,
+        6,
     ),
 }
 
@@ -116,7 +121,7 @@ def run(effort: Effort, runs: Sequence[Path] = ()) -> Iterator[Result]:
 
     plan = PLANS[effort]
     if runs:
-        yield from compare_runs(runs, 2 * plan.prompts)
+        yield from compare_runs(runs, 2 * plan.prompts, plan.fitted)
         return
     if plan.cache is not None:
         yield from cached(*plan.cache)
@@ -125,7 +130,7 @@ def run(effort: Effort, runs: Sequence[Path] = ()) -> Iterator[Result]:
     if plan.batched is not None:
         yield from batched(*plan.batched)
     with trained_here(plan.trained) as path:
-        yield from compare_runs([path], plan.prompts)
+        yield from compare_runs([path], plan.prompts, plan.fitted)
 
 
 @torch.inference_mode()

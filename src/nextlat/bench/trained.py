@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nextlat.bench.decode import Small, bound, share_of_bound
 from nextlat.bench.results import Result
+from nextlat.decoding.acceptance import Fit
 from nextlat.decoding.adaptive import CostAware
 from nextlat.decoding.command import CheapDrafts, load, longest_draft, need_drafter, prepared, spared
 from nextlat.decoding.costs import Costs
@@ -30,11 +31,13 @@ from nextlat.evaluation.domains import domain_names, domain_prompts
 from nextlat.evaluation.speculative import PLAIN, Arm, measure_domain, ratio
 from nextlat.hf.tokenizer import task_tokenizer
 from nextlat.model.interfaces import CausalLM, Drafter
+from nextlat.training.acceptance import fitted_head
 from nextlat.training.trained import Trained
 
-ADAPTIVE = "adaptive"
+ADAPTIVE, LEARNED = "adaptive", "adaptive, fitted head"
+"""Lengths by cost, judged by the drafter's own probabilities, or by a head fitted to drafts of the training data."""
 MEAN, LEAST = 1.15, 0.99
-"""Adaptive over best static length: least accepted geometric mean over domains, and least accepted in any."""
+"""The latter over the best static length: least accepted geometric mean over domains, and least accepted in any."""
 RIVALS = {"mtp": 1.3, "jtp": 1.2}
 """Objective -> least accepted ratio of nextlat's tokens per second to its."""
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -61,6 +64,8 @@ class Contender(NamedTuple):
     """The model with packed weights where they pay; plain decoding uses the plain one."""
     drafter: Drafter
     costs: Costs
+    fit: Fit
+    """An acceptance head for the temperature."""
     found: Found
     headroom: dict[str, float]
     """Domain -> :func:`headroom`, at temperature 0."""
@@ -83,8 +88,13 @@ def trained_here(small: Small) -> Iterator[Path]:
         yield Path(folder) / "trained-here"
 
 
-def compare_runs(paths: Sequence[Path], prompts: int) -> Iterator[Result]:
+def compare_runs(paths: Sequence[Path], prompts: int, fitted: int) -> Iterator[Result]:
     """Measure runs in turn on every domain, at temperatures 0 and 1.
+
+    Args:
+        paths: of the runs.
+        prompts: of each domain.
+        fitted: texts of the training data that acceptance heads are fitted to.
 
     Raises:
         NextLatError: two runs of one objective, or runs that were not trained alike.
@@ -92,7 +102,7 @@ def compare_runs(paths: Sequence[Path], prompts: int) -> Iterator[Result]:
     loaded = [load(path, "newest", None) for path in paths]
     check_alike(loaded)
     for temperature in (0.0, 1.0):
-        contenders = [contender(trained, Sampling(temperature)) for trained in loaded]
+        contenders = [contender(trained, Sampling(temperature), fitted) for trained in loaded]
         task = contenders[0].trained.built.task
         domains = domain_names(task, task_tokenizer(task))
         for one in contenders:
@@ -123,12 +133,13 @@ def check_alike(runs: Sequence[Trained]) -> None:
                 )
 
 
-def contender(trained: Trained, sampling: Sampling) -> Contender:
-    """A run, and what its drafts cost at a temperature."""
+def contender(trained: Trained, sampling: Sampling, fitted: int) -> Contender:
+    """A run, what its drafts cost at a temperature, and a head that foresees which are kept."""
     drafter = need_drafter(trained)
     length = trained.built.task.sequence_length
     fast, costs = prepared(trained, drafter, length * 3 // 4, sampling)  # between half a row of prompt and a whole row
-    return Contender(trained.config.objective, trained, fast, drafter, costs, {}, {})
+    fit = fitted_head(trained, drafter, sampling.temperature, fitted)
+    return Contender(trained.config.objective, trained, fast, drafter, costs, fit, {}, {})
 
 
 def survey(one: Contender, domain: str, count: int, sampling: Sampling) -> None:
@@ -139,6 +150,7 @@ def survey(one: Contender, domain: str, count: int, sampling: Sampling) -> None:
     longest = longest_draft(one.drafter)
     ways: dict[str, Callable[[], Policy]] = {str(n): partial(Static, n) for n in LENGTHS if n <= longest}
     ways[ADAPTIVE] = partial(CostAware, one.costs, longest)
+    ways[LEARNED] = partial(CostAware, one.costs, longest, one.fit.head.estimate)
     lm = one.trained.built.objective.as_lm()
     one.found[domain] = measure_domain(one.fast, one.drafter, texts, length, sampling, ways, baseline=lm)
     if sampling.greedy:
@@ -218,6 +230,10 @@ def prices(one: Contender, temperature: float) -> Iterator[Result]:
         yield Result(f"verifying {count} positions / one", one.costs.verification(count), setting=about)
     note = f"{one.name} at temperature {temperature:g}: {one.costs.advice(longest)}"
     yield Result("acceptance from which drafts pay", one.costs.break_even(longest), setting=about, note=note)
+    head, bins = one.fit.head_score.log_loss, one.fit.bins.log_loss
+    yield Result(
+        "log loss of being kept: by probability / fitted head", bins / head, setting=about, of=f"{bins:.3f}/{head:.3f}"
+    )
 
 
 def on_domain(one: Contender, domain: str, temperature: float) -> Iterator[Result]:
@@ -225,7 +241,7 @@ def on_domain(one: Contender, domain: str, temperature: float) -> Iterator[Resul
     arms = one.found[domain]
     about = setting(one, temperature) | {"text": domain}
     best = best_static(arms)
-    kept, moved = arms[best].statistics, arms[ADAPTIVE].statistics
+    kept, moved = arms[best].statistics, arms[LEARNED].statistics
     speed = kept.tokens / spent(arms[best])
     yield Result(
         f"plain / drafts of {best}, the best fixed length",
@@ -240,24 +256,26 @@ def on_domain(one: Contender, domain: str, temperature: float) -> Iterator[Resul
     if best != "0":
         reached = spent(arms["0"]) / spent(arms[best])
         yield share_of_bound("share of the bound reached", reached, bound(kept, one.costs), about)
-    yield Result("plain / adaptive", ratio(arms, ADAPTIVE), setting=about)
-    yield Result(
-        "adaptive / the best fixed length",
-        spent(arms[best]) / spent(arms[ADAPTIVE]),
-        limit=one.headroom.get(domain) if temperature == 0 else None,
-        note=HINDSIGHT if temperature == 0 else "",
-        setting=about,
-    )
+    for way in (ADAPTIVE, LEARNED):
+        yield Result(f"plain / {way}", ratio(arms, way), setting=about)
+        yield Result(
+            f"{way} / the best fixed length",
+            spent(arms[best]) / spent(arms[way]),
+            limit=one.headroom.get(domain) if temperature == 0 else None,
+            note=HINDSIGHT if temperature == 0 else "",
+            setting=about,
+        )
 
 
 def adaptive_against_static(one: Contender, temperature: float) -> Iterator[Result]:
     """The gain of adapting the length over the best fixed one of each domain."""
-    gains = [spent(arms[best_static(arms)]) / spent(arms[ADAPTIVE]) for arms in one.found.values()]
-    about = setting(one, temperature) | {"texts": len(gains)}
+    about = setting(one, temperature) | {"texts": len(one.found)}
     limit = geometric_mean(list(one.headroom.values())) if temperature == 0 else None
-    name = "adaptive / best fixed length: geometric mean"
-    yield Result(name, geometric_mean(gains), MEAN, limit=limit, setting=about)
-    yield Result("adaptive / best fixed length: least", min(gains), LEAST, setting=about)
+    for way, mean_target, least_target in ((ADAPTIVE, None, None), (LEARNED, MEAN, LEAST)):
+        gains = [spent(arms[best_static(arms)]) / spent(arms[way]) for arms in one.found.values()]
+        name = f"{way} / best fixed length"
+        yield Result(f"{name}: geometric mean", geometric_mean(gains), mean_target, limit=limit, setting=about)
+        yield Result(f"{name}: least", min(gains), least_target, setting=about)
 
 
 def cheap_drafts(one: Contender, count: int, sampling: Sampling) -> Iterator[Result]:
@@ -315,7 +333,7 @@ def best_speed(found: Found) -> tuple[str, float]:
 
 def statics(arms: Mapping[str, Arm]) -> list[str]:
     """The ways of a fixed length."""
-    return [name for name in arms if name not in (PLAIN, ADAPTIVE)]
+    return [name for name in arms if name not in (PLAIN, ADAPTIVE, LEARNED)]
 
 
 def best_static(arms: Mapping[str, Arm]) -> str:

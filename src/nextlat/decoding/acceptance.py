@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -11,61 +13,73 @@ from torch import Tensor, nn
 
 from nextlat.decoding.adaptive import Forecast, bin_of, by_probability
 from nextlat.decoding.drafting import Drafted
-from nextlat.decoding.policies import Static
-from nextlat.decoding.sampling import Sampling
-from nextlat.decoding.speculative import decode
+from nextlat.decoding.generate import generate
+from nextlat.decoding.sampling import Sampling, draw
 from nextlat.errors import NextLatError
-from nextlat.model.cache import Cache
-from nextlat.model.interfaces import CausalLM, Drafter, LMOutput
+from nextlat.model.interfaces import CausalLM, Drafter
 
-FEATURES = 4
+FEATURES = 2
 LEAST = 1e-6
 """Probabilities below count as this; the logarithm of nothing is no feature."""
+HIDDEN = 64
+LOOK = 50
+"""Steps of a fit between two looks at what it is stopped by."""
+ROWS = 32
+"""Texts that are continued together, as far as memory allows."""
+AT_ONCE = 2**25
+"""Numbers that a batch of texts may hold: laws of the model, and states of the drafter."""
+EXAMPLES = 200_000
+"""Drafted tokens that are kept to fit to, of all that were looked at."""
 
 
 def law_features(drafted: Drafted) -> Tensor:
-    """(B, 4): log probability of the most likely token and of the drafted one, entropy in nats, log position."""
-    top = drafted.law.amax(-1).clamp(min=LEAST).log()
-    entropy = torch.special.entr(drafted.law).sum(-1)
-    position = torch.full_like(top, float(drafted.position)).log()
-    return torch.stack([top, drafted.probability.clamp(min=LEAST).log(), entropy, position], -1).float()
+    """(B, 2): log probability of the most likely token and of the drafted one; fp32."""
+    chosen = drafted.probability.float().clamp(min=LEAST).log()
+    # at temperature 0 the two are one
+    top = chosen if drafted.drawn_from is None else drafted.law.amax(-1).float().clamp(min=LEAST).log()
+    return torch.stack([top, chosen], -1)
+
+
+def state_of(drafted: Drafted) -> Tensor | None:
+    """(B, D) fp32 the drafter's state; ``None`` where it is not one vector a row."""
+    state = drafted.state
+    return state.float() if isinstance(state, Tensor) and state.ndim == 2 else None
 
 
 class AcceptanceHead(nn.Module):
-    """Chance that a drafted token is kept: a small network on features of its law, and a linear reading of the state.
+    """Chance that a drafted token is kept: one hidden layer over features of its law, and the drafter's state.
+
+    The state knows far more than the law: how surely the drafter can be told that it is wrong does not show in how
+    sure it is.
 
     Args:
         state_width: D of the drafter's state; 0 does without it.
-        hidden_dim: units of the one hidden layer.
+        hidden_dim: units of the hidden layer.
         generator: of the initial weights.
     """
 
-    def __init__(self, state_width: int = 0, hidden_dim: int = 16, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, state_width: int = 0, hidden_dim: int = HIDDEN, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
-        self.mean = nn.Buffer(torch.zeros(FEATURES))
-        self.scale = nn.Buffer(torch.ones(FEATURES))
-        self.layer_1 = nn.Linear(FEATURES, hidden_dim)
+        self.reads_state = state_width > 0
+        self.layer_1 = nn.Linear(FEATURES + state_width, hidden_dim)
         self.layer_2 = nn.Linear(hidden_dim, 1)
-        self.reading = nn.Linear(state_width, 1, bias=False) if state_width else None
-        for layer in (self.layer_1, self.layer_2):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
-            nn.init.zeros_(layer.bias)
-        if self.reading is not None:
-            nn.init.zeros_(self.reading.weight)
+        nn.init.normal_(self.layer_1.weight, std=self.layer_1.in_features**-0.5, generator=generator)
+        for start in (self.layer_1.bias, self.layer_2.weight, self.layer_2.bias):
+            nn.init.zeros_(start)
 
-    def forward(self, features: Tensor, states: Tensor | None = None) -> Tensor:
-        """(N,) logits of being kept, from (N, 4) features and (N, D) states."""
-        hidden = F.silu(self.layer_1((features - self.mean) / self.scale))
-        logits: Tensor = self.layer_2(hidden)[:, 0]
-        if self.reading is not None:
-            assert states is not None
-            logits = logits + self.reading(F.rms_norm(states.float(), states.shape[-1:]))[:, 0]
+    def forward(self, read: Tensor) -> Tensor:
+        """(N,) logits of being kept, from (N, 2 + D) features and states."""
+        logits: Tensor = self.layer_2(F.silu(self.layer_1(read)))[:, 0]
         return logits
 
     @torch.no_grad()
     def estimate(self, drafted: Drafted) -> Tensor:
         """(B,) chances; what :class:`nextlat.decoding.CostAware` takes as ``estimator``."""
-        logits: Tensor = self(law_features(drafted), drafted.state if self.reading is not None else None)
+        features = law_features(drafted)
+        state = state_of(drafted) if self.reads_state else None
+        logits: Tensor = self(features if state is None else torch.cat([features, state], -1))
         return logits.sigmoid()
 
 
@@ -73,7 +87,7 @@ class Examples(NamedTuple):
     """Drafted tokens whose turn came, N in all."""
 
     features: Tensor
-    """(N, 4), see :func:`law_features`."""
+    """(N, 2), see :func:`law_features`."""
     states: Tensor | None
     """(N, D); ``None`` where the drafter's state is not one vector a row."""
     guesses: Tensor
@@ -87,94 +101,157 @@ class Examples(NamedTuple):
         """Some of them."""
         return Examples(*(None if part is None else part[chosen] for part in self))  # type: ignore[arg-type]
 
-
-class _Recorder(Static):
-    """Drafts a fixed length for one row, listens to the model, and notes what was seen and what became of it."""
-
-    def __init__(self, lm: CausalLM, drafter: Drafter, length: int, sampling: Sampling) -> None:
-        super().__init__(length)
-        self.lm, self.vocabulary, self.sampling = lm, drafter.vocabulary, sampling
-        self.number = 0
-        self.parts: list[Examples] = []
-        self._logits = torch.empty(0)
-        self._round: list[Drafted] = []
-
-    def __call__(self, *args: Any, **options: Any) -> LMOutput:
-        output = self.lm(*args, **options)
-        self._logits = output.logits
-        return output
-
-    def new_cache(self, rows: int, capacity: int) -> Cache:
-        return self.lm.new_cache(rows, capacity)
-
-    def starts(self) -> bool:
-        self._round = []
-        return True
-
-    def goes_on(self, drafted: Drafted) -> bool:
-        self._round.append(drafted)
-        return True
-
-    def learn(self, drafted: list[int], accepted: list[int]) -> None:
-        for i, seen in enumerate(self._round[: min(drafted[0], accepted[0] + 1)]):
-            token = seen.column if self.vocabulary is None else self.vocabulary[seen.column]
-            p = self.sampling.law(self._logits[:, i]).gather(-1, token[:, None])[:, 0]
-            q = torch.ones_like(p) if self.sampling.greedy else seen.probability.to(p)
-            vector = isinstance(seen.state, Tensor) and seen.state.ndim == 2
-            self.parts.append(
-                Examples(
-                    law_features(seen),
-                    seen.state.float() if vector else None,
-                    by_probability(seen).float(),
-                    (p / q).clamp(max=1).float(),
-                    torch.full_like(token, self.number),
-                )
-            )
+    def read(self, use_state: bool) -> Tensor:
+        """(N, 2) or (N, 2 + D) what a head reads."""
+        return torch.cat([self.features, self.states], -1) if use_state and self.states is not None else self.features
 
 
+class _Guess(NamedTuple):
+    """What one drafted token of each row came from, before the model's laws are known."""
+
+    features: Tensor
+    states: Tensor | None
+    guesses: Tensor
+    tokens: Tensor
+    """(B,) int64."""
+    q: Tensor
+    """(B,) the drafter's probability of it, under which it was drawn; 1 at temperature 0."""
+    q_text: Tensor
+    """(B,) that of the token which the text has there."""
+
+
+@torch.inference_mode()
 def collect(
     lm: CausalLM,
     drafter: Drafter,
-    prompts: Iterable[tuple[Tensor, int]],
+    prompts: Sequence[tuple[Tensor, int]],
     sampling: Sampling,
     length: int,
     generator: torch.Generator | None = None,
+    most: int = EXAMPLES,
 ) -> Examples:
-    """Continue prompts with drafts of a fixed length and note, of each token, what was seen and whether it was kept.
+    """Draft from every place of the model's own continuations and note, of each token, the chance that it is kept.
 
-    Only tokens whose turn came are noted, those up to the first that is not kept: behind a wrong token the drafter
-    continues a text that the model does not write, and no decision depends on what it would have been worth. The
-    label is the chance to be kept and not the outcome of a coin, which would only add noise. Tokens are judged one by
-    one, because the block rule has no chance of a single token.
+    Only tokens whose turn comes are noted: those behind tokens that were all kept. Behind a wrong token the drafter
+    continues a text that the model does not write, and no decision depends on what it would have been worth. Drafts
+    follow the text, so a place in the text is in a kept draft with probability ``p min(1, q / p) = min(p, q)`` if the
+    text is drawn from p and kept with ``min(1, q / p)``: the law of drafts that are verified token by token. The
+    label is a chance and not the outcome of a coin, which would only add noise.
 
     Args:
         lm: the model.
         drafter: of the model.
-        prompts: (P,) int64 tokens, and how many to add to them; one is continued at a time.
+        prompts: (P,) int64 tokens, and how many to add to them.
         sampling: how tokens are drawn.
         length: of every draft.
         generator: of the draws.
+        most: examples to keep; of more a random part.
 
     Raises:
         NextLatError: there was no room for any draft.
     """
-    recorder = _Recorder(lm, drafter, length, sampling)
-    for recorder.number, (prompt, new) in enumerate(prompts):
-        for _ in decode(
-            recorder,
-            prompt[None],
-            new,
-            sampling,
-            drafter=drafter,
-            policy=recorder,
-            verification="token",
-            generator=generator,
-        ):
-            pass
-    if not recorder.parts:
-        raise NextLatError("no prompt leaves room for a draft; continue prompts by at least 3 tokens")
-    columns = zip(*recorder.parts, strict=True)
+    found: list[Examples] = []
+    for numbers, texts, new in _batches(prompts, lm, length):
+        if new > 1:
+            made = _drafts_everywhere(lm, drafter, texts, new, sampling, length, generator)
+            share = most * len(numbers) / len(prompts) / max(len(made.labels), 1)
+            if share < 1:
+                made = made.take(torch.rand(len(made.labels), generator=generator).to(made.labels.device) < share)
+            found.append(made._replace(prompts=torch.tensor(numbers, device=made.prompts.device)[made.prompts]))
+    if not found:
+        raise NextLatError("no prompt leaves room for a draft; continue prompts by at least 2 tokens")
+    columns = zip(*found, strict=True)
     return Examples(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
+def _batches(
+    prompts: Sequence[tuple[Tensor, int]], lm: CausalLM, length: int
+) -> Iterator[tuple[list[int], list[Tensor], int]]:
+    """Numbers and texts of prompts to be continued by as many tokens, and how many."""
+    with torch.inference_mode():
+        output = lm(prompts[0][0][None, :1])
+    sizes = {"vocab": output.logits.shape[-1], "state": length * output.hidden.shape[-1]}
+    for new, group in groupby(enumerate(prompts), key=lambda item: item[1][1]):
+        items = list(group)
+        rows = max(1, min(ROWS, AT_ONCE // (new * max(sizes.values()))))
+        for start in range(0, len(items), rows):
+            part = items[start : start + rows]
+            yield [number for number, _ in part], [prompt for _, (prompt, _) in part], new
+
+
+def _drafts_everywhere(
+    lm: CausalLM,
+    drafter: Drafter,
+    texts: Sequence[Tensor],
+    new: int,
+    sampling: Sampling,
+    length: int,
+    generator: torch.Generator | None,
+) -> Examples:
+    """The examples of some texts, whose numbers count from 0."""
+    rows, lengths = len(texts), [len(text) for text in texts]
+    prompts = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
+    device = prompts.device
+    text = generate(
+        lm, prompts, new, sampling.temperature, generator, top_k=sampling.top_k, top_p=sampling.top_p, lengths=lengths
+    )  # (B, new)
+    cache = lm.new_cache(rows, prompts.shape[1] + new)
+    read = torch.tensor(lengths, device=device) - 1
+    output = lm(prompts, cache=cache, logits_at=read)
+    cache.lengths = list(lengths)
+    laws: list[Tensor] = []  # [i] (B, V) of token i + 1 of the continuation
+    guesses: list[list[_Guess]] = []  # [i] of the tokens behind token i
+    for place in range(new - 1):
+        state = drafter.observe(output, read)
+        behind = text[:, place : place + 1 + length]
+        guesses.append(_follow(drafter, state, behind, sampling, output.logits.shape[-1], generator))
+        output = lm(text[:, place : place + 1], cache=cache)
+        read = torch.zeros_like(read)
+        laws.append(sampling.law(output.logits[:, 0]))
+    row = torch.arange(rows, device=device)
+    parts: list[Examples] = []
+    for place, drafted in enumerate(guesses):
+        turn = torch.ones(rows, dtype=torch.bool, device=device)
+        for i, guess in enumerate(drafted):
+            p = laws[place + i]
+            label = (p[row, guess.tokens] / guess.q.to(p)).clamp(max=1).float()
+            part = Examples(guess.features, guess.states, guess.guesses, label, row)
+            parts.append(part.take(turn))
+            kept = (guess.q_text.to(p) / p[row, text[:, place + 1 + i]]).clamp(max=1)
+            turn &= torch.rand(rows, generator=generator, dtype=torch.float64).to(device) < kept
+    columns = zip(*parts, strict=True)
+    return Examples(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
+def _follow(
+    drafter: Drafter,
+    state: Any,
+    text: Tensor,
+    sampling: Sampling,
+    vocab_size: int,
+    generator: torch.Generator | None,
+) -> list[_Guess]:
+    """What would be drafted for each of (B, K) tokens but the first, if those before it had been drafted and kept."""
+    made = []
+    row = torch.arange(len(text), device=text.device)
+    for position in range(1, text.shape[1]):
+        state, logits = drafter.step(state, text[:, position - 1])
+        if sampling.greedy:
+            law, column = None, logits.argmax(-1)
+        else:
+            law = sampling.law(logits)
+            column = draw(law, torch.rand(len(law), generator=generator, dtype=torch.float64))
+        token = column if drafter.vocabulary is None else drafter.vocabulary[column]
+        drafted, wanted = Drafted(position, column, logits, state, law), text[:, position]
+        if law is None:
+            q, q_text = torch.ones(len(token), device=token.device), (token == wanted).float()
+        else:
+            if drafter.vocabulary is not None:
+                law = law.new_zeros(len(law), vocab_size).index_copy_(1, drafter.vocabulary, law)
+            q, q_text = law[row, token], law[row, wanted]
+        guess = by_probability(drafted).float()
+        made.append(_Guess(law_features(drafted), state_of(drafted), guess, token, q, q_text))
+    return made
 
 
 class Calibration(NamedTuple):
@@ -202,14 +279,17 @@ class Fit(NamedTuple):
 @torch.enable_grad()
 def fit(
     examples: Examples,
-    steps: int = 300,
+    steps: int = 1500,
     use_state: bool = True,
     held_out: float = 0.2,
     seed: int = 0,
     learning_rate: float = 1e-2,
-    weight_decay: float = 1e-2,
+    weight_decay: float = 0.1,
 ) -> Fit:
     """Fit a head to the first prompts and measure it on the last ones.
+
+    An eighth of the prompts that are fitted to is only looked at: the weights of the step that foresees it best are
+    kept, be it those of the constant that the fit begins with.
 
     Args:
         examples: from :func:`collect`.
@@ -218,30 +298,47 @@ def fit(
         held_out: share of the prompts, the last ones, that is only measured on.
         seed: of weights and batches.
         learning_rate: falls linearly to 0.
-        weight_decay: keeps the reading of a wide state from learning single tokens by heart.
+        weight_decay: of all weights.
 
     Raises:
-        NextLatError: fewer than two prompts.
+        NextLatError: fewer than three prompts.
     """
     numbers = torch.unique(examples.prompts)
-    if len(numbers) < 2:
-        raise NextLatError(f"drafts of {len(numbers)} prompt are there; two are needed, one of them to measure on")
-    edge = numbers[min(round((1 - held_out) * len(numbers)), len(numbers) - 1)]
-    seen, new = examples.take(examples.prompts < edge), examples.take(examples.prompts >= edge)
+    if len(numbers) < 3:
+        raise NextLatError(
+            f"drafts of {len(numbers)} prompts are there; three are needed: to fit to, to stop by and to measure on"
+        )
+    last = min(max(round((1 - held_out) * len(numbers)), 2), len(numbers) - 1)
+    first = min(max(round(last * 7 / 8), 1), last - 1)
+    edges = numbers[first], numbers[last]
+    seen = examples.take(examples.prompts < edges[0])
+    watched = examples.take((examples.prompts >= edges[0]) & (examples.prompts < edges[1]))
+    new = examples.take(examples.prompts >= edges[1])
     g = torch.Generator().manual_seed(seed)
-    width = seen.states.shape[1] if use_state and seen.states is not None else 0
-    head = AcceptanceHead(width, generator=g).to(seen.features.device)
-    head.mean.copy_(seen.features.mean(0))
-    head.scale.copy_(seen.features.std(0, correction=0).clamp(min=1e-3))
+    read = seen.read(use_state)
+    mean, scale = read.mean(0), read.std(0, correction=0).clamp(min=1e-3)
+    head = AcceptanceHead(read.shape[1] - FEATURES, generator=g).to(read.device)
+    read, compared = (read - mean) / scale, (watched.read(use_state) - mean) / scale
+    with torch.no_grad():  # it begins as the constant
+        head.layer_2.bias.fill_(float(seen.labels.double().mean().clamp(LEAST, 1 - LEAST).logit()))
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    for step in range(steps):
+    best, kept = float("inf"), copy.deepcopy(head.state_dict())
+    for step in range(steps + 1):
+        if step % LOOK == 0 or step.bit_count() == 1 or step == steps:  # few examples are known by heart soon
+            with torch.no_grad():
+                loss = float(F.binary_cross_entropy_with_logits(head(compared), watched.labels))
+            if loss < best:
+                best, kept = loss, copy.deepcopy(head.state_dict())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 - step / steps)
-        rows = torch.randint(len(seen.labels), (min(1024, len(seen.labels)),), generator=g)
-        part = seen.take(rows.to(seen.labels.device))
+        rows = torch.randint(len(read), (min(1024, len(read)),), generator=g).to(read.device)
         optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(head(part.features, part.states), part.labels).backward()  # type: ignore[no-untyped-call]
+        F.binary_cross_entropy_with_logits(head(read[rows]), seen.labels[rows]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+    head.load_state_dict(kept)
+    with torch.no_grad():  # the head reads what decoding sees, as it is
+        head.layer_1.weight.div_(scale)
+        head.layer_1.bias.sub_(head.layer_1.weight @ mean)
     head.eval().requires_grad_(False)
     forecast = Forecast(1, trust=10.0, memory=1e12)
     for guess, label in zip(seen.guesses.tolist(), seen.labels.tolist(), strict=True):
@@ -250,10 +347,10 @@ def fit(
     bins = torch.tensor([forecast.chance[bin_of(guess)] for guess in new.guesses.tolist()]).to(new.labels)
     return Fit(
         head,
-        calibration(head(new.features, new.states).sigmoid(), new.labels),
+        calibration(head(new.read(use_state)).sigmoid(), new.labels),
         calibration(seen.labels.mean().expand(len(new.labels)), new.labels),
         calibration(bins, new.labels),
-        len(seen.labels),
+        len(seen.labels) + len(watched.labels),
         len(new.labels),
     )
 

@@ -13,6 +13,7 @@ from nextlat.errors import NextLatError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from nextlat.decoding.acceptance import AcceptanceHead
     from nextlat.decoding.costs import Costs
     from nextlat.decoding.packed import Packed
     from nextlat.decoding.policies import Policy
@@ -101,7 +102,8 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
         context = len(ids) + count // 2
         lm, costs = prepared(trained, drafter, context, sampling)
         print(costs.advice(longest_draft(drafter)), file=sys.stderr)
-        policy = CostAware(costs, longest_draft(drafter))
+        head = fitted_acceptance(trained, request.temperature)
+        policy = CostAware(costs, longest_draft(drafter), head.estimate if head is not None else None)
     elif drafter is not None:
         policy = Tree() if request.speculative == TREE else Static(read_length(request.speculative))
     counted = Statistics()
@@ -192,6 +194,21 @@ def prepared(trained: Trained, drafter: Drafter, context: int, sampling: Samplin
     return fast, measure_costs(fast, drafter, 1, context, sampling=sampling, device=trained.device)
 
 
+def fitted_acceptance(trained: Trained, temperature: float) -> AcceptanceHead | None:
+    """The acceptance head of a run, if one was fitted at this temperature."""
+    from nextlat.training.acceptance import acceptance_head, acceptance_path
+
+    if not acceptance_path(trained.path).is_file():
+        return None
+    try:
+        head = acceptance_head(trained, temperature)
+    except NextLatError as error:
+        print(f"{error}; lengths follow the drafter's own probabilities", file=sys.stderr)
+        return None
+    print("lengths follow the acceptance head that was fitted to this run", file=sys.stderr)
+    return head
+
+
 def read_tokens(text: str, vocab_size: int) -> list[int]:
     """``1,2,3`` as token ids of a vocabulary."""
     try:
@@ -231,7 +248,6 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
     from nextlat.files import explained, write_json
     from nextlat.hf.tokenizer import task_tokenizer
     from nextlat.tasks.base import Prompted
-    from nextlat.training.acceptance import acceptance_head, acceptance_path
     from nextlat.training.environment import commit
     from nextlat.training.loop import results
 
@@ -255,8 +271,8 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
     policies: dict[str, Callable[[], Policy | Tree]] = {str(n): partial(Static, n) for n in lengths}
     policies["tree"] = Tree
     policies["adaptive"] = partial(CostAware, costs, longest)
-    if acceptance_path(run).is_file():
-        head = acceptance_head(trained, survey.temperature)
+    head = fitted_acceptance(trained, survey.temperature)
+    if head is not None:
         policies["learned"] = partial(CostAware, costs, longest, head.estimate)
     stop = () if task.end_token is None else (task.end_token,)
     print(f"{trained.config.objective} of {run} at step {trained.step}, temperature {survey.temperature:g}")

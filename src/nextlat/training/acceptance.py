@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from nextlat.decoding.acceptance import AcceptanceHead, Fit, collect, fit
+from nextlat.decoding.acceptance import FEATURES, AcceptanceHead, Fit, collect, fit
 from nextlat.decoding.sampling import Sampling
 from nextlat.errors import NextLatError
 from nextlat.files import explained, write_bytes
@@ -22,6 +22,8 @@ from nextlat.training.build import stream
 from nextlat.training.trained import Trained
 
 ACCEPTANCE_STREAM = 3
+PROMPTS, LENGTH, STEPS = 512, 16, 1500
+"""Texts that a head is fitted to, length of the drafts, and steps of the fit."""
 
 
 def acceptance_path(run: Path) -> Path:
@@ -31,44 +33,18 @@ def acceptance_path(run: Path) -> Path:
 
 def fit_acceptance(
     trained: Trained,
-    temperature: float = 1.0,
-    prompts: int = 64,
-    length: int = 8,
-    steps: int = 300,
+    temperature: float = 0.0,
+    prompts: int = PROMPTS,
+    length: int = LENGTH,
+    steps: int = STEPS,
     use_state: bool = True,
 ) -> tuple[Path, Fit]:
-    """Fit a head to drafts behind prompts of the training data, and write it beside the run.
-
-    Args:
-        trained: a loaded run.
-        temperature: of the text that is continued; 0 is greedy. A head is for one temperature.
-        prompts: texts to continue; the last fifth of them is only measured on.
-        length: of the drafts, at most what the drafter makes.
-        steps: of the fit.
-        use_state: whether the head reads the drafter's state, where that is one vector.
+    """Fit a head with :func:`fitted_head` and write it beside the run.
 
     Returns:
         the file written, and the head with its calibration on held-out drafts.
-
-    Raises:
-        NextLatError: an objective without a drafter, a task that is not continued, or numbers out of range.
     """
-    drafter, task = need_drafts(trained), trained.built.task
-    if prompts < 2 or length < 1 or steps < 1:
-        raise NextLatError(f"prompts={prompts}, length={length}, steps={steps}; at least 2, 1 and 1 are needed")
-    if drafter.max_length is not None:
-        length = min(length, drafter.max_length - 1)
-    if length < 1:
-        raise NextLatError(f"{trained.path} drafts no token behind the known one; train it with a longer horizon")
-    examples = collect(
-        trained.built.objective.as_lm(),
-        drafter,
-        ((prompt.to(trained.device), new) for prompt, new in texts(task, trained.config.training.batch_size, prompts)),
-        Sampling(temperature),
-        length,
-        stream(trained.config.seed, ACCEPTANCE_STREAM),
-    )
-    found = fit(examples, steps, use_state, seed=trained.config.seed)
+    found = fitted_head(trained, need_drafts(trained), temperature, prompts, length, steps, use_state)
     path = acceptance_path(trained.path)
     about = {"model_step": trained.step, "temperature": temperature, "length": length}
     with explained("creating", path.parent):
@@ -76,6 +52,51 @@ def fit_acceptance(
     weights = {name: value.contiguous().cpu() for name, value in found.head.state_dict().items()}
     write_bytes(path, save(weights, {"about": json.dumps(about)}))
     return path, found
+
+
+def fitted_head(
+    trained: Trained,
+    drafter: Drafter,
+    temperature: float = 0.0,
+    prompts: int = PROMPTS,
+    length: int = LENGTH,
+    steps: int = STEPS,
+    use_state: bool = True,
+) -> Fit:
+    """Fit a head to drafts behind prompts of the training data.
+
+    Args:
+        trained: a loaded run.
+        drafter: of the run.
+        temperature: of the text that is continued; 0 is greedy. A head is for one temperature.
+        prompts: texts to continue; the last fifth of them is only measured on.
+        length: of the drafts, at most what the drafter makes.
+        steps: of the fit.
+        use_state: whether the head reads the drafter's state, where that is one vector.
+
+    Returns:
+        the head with its calibration on held-out drafts.
+
+    Raises:
+        NextLatError: an objective without a drafter, a task that is not continued, or numbers out of range.
+    """
+    task = trained.built.task
+    if prompts < 3 or length < 1 or steps < 1:
+        raise NextLatError(f"prompts={prompts}, length={length}, steps={steps}; at least 3, 1 and 1 are needed")
+    if drafter.max_length is not None:
+        length = min(length, drafter.max_length - 1)
+    if length < 1:
+        raise NextLatError(f"{trained.path} drafts no token behind the known one; train it with a longer horizon")
+    found = texts(task, trained.config.training.batch_size, prompts)
+    examples = collect(
+        trained.built.objective.as_lm(),
+        drafter,
+        [(prompt.to(trained.device), new) for prompt, new in found],
+        Sampling(temperature),
+        length,
+        stream(trained.config.seed, ACCEPTANCE_STREAM),
+    )
+    return fit(examples, steps, use_state, seed=trained.config.seed)
 
 
 def need_drafts(trained: Trained) -> Drafter:
@@ -136,8 +157,8 @@ def acceptance_head(trained: Trained, temperature: float | None = None) -> Accep
         weights = load_file(path)
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
-        reading = weights.get("reading.weight")
-        head = AcceptanceHead(0 if reading is None else reading.shape[1], len(weights["layer_1.weight"]))
+        hidden, width = weights["layer_1.weight"].shape
+        head = AcceptanceHead(width - FEATURES, hidden)
         head.load_state_dict(weights)
         step, fitted_at = about["model_step"], float(about["temperature"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError):
