@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nextlat.batch import Batch
-from nextlat.bench import attention, belief, floors, loops, loss
+from nextlat.bench import attention, belief, by_hand, floors, loops, loss
 from nextlat.model.attention import attend, document_layout
 from nextlat.model.trunk import feed_forward_width
 from nextlat.objectives import total_loss
@@ -152,15 +153,33 @@ def test_the_floors_of_the_stated_setting_are_the_published_ones() -> None:
     assert floors.nextlat_floor(shape, 4, 256) == pytest.approx(1.34, abs=0.005)
 
 
-def test_the_least_step_makes_the_products_of_the_count() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
+@pytest.mark.parametrize(("length", "queries"), [(6, 2), (7, 2), (7, 64)])
+def test_the_gradients_made_by_hand_are_those_of_autograd(length: int, queries: int) -> None:
+    shape = SHAPE._replace(length=length)
+    batch, model, other = loops.random_batch(shape), loops.trunk(shape), loops.trunk(shape)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():  # gains other than 1, and scores and gates that are far from linear
+        for parameter, same in zip(model.parameters(), other.parameters(), strict=True):
+            same.copy_(parameter.add_(torch.randn(parameter.shape, generator=g), alpha=0.2))
+    logits = other(batch.tokens).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+    wanted = gradients(expected, other)
+    step = by_hand.ByHand(model, shape, batch, queries)
+    for _ in range(2):  # nothing is left over from the call before
+        loss, found = found_gradients(step, model)
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert found.keys() == wanted.keys()
+        for name, gradient in found.items():
+            assert float((gradient - wanted[name]).norm()) < 1e-5 * float(wanted[name].norm()), name
 
-    step = floors.least_step(SHAPE)
-    with FlopCounterMode(display=False, depth=None) as counter:
-        step()
-    made = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
-    norms = 5 * 2 * 21 * 16  # of 2 blocks and the last: the gradient of the gain is counted with the products
-    assert made["aten.mm"] == 2 * 3 * SHAPE.tokens * SHAPE.linear_products + norms
+
+def test_the_loop_by_hand_trains_our_model() -> None:
+    batch = loops.random_batch(SHAPE)
+    ours, other = loops.ours_step("gpt", SHAPE, batch), by_hand.by_hand_step(SHAPE, batch)
+    losses = [(float(ours()), float(other())) for _ in range(3)]
+    assert losses[2][0] < losses[0][0]
+    for one, same in losses:
+        assert one == pytest.approx(same, abs=1e-6)
 
 
 def test_the_loop_over_sequences_is_the_loss_of_bst() -> None:
