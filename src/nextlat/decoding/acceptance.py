@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from nextlat.decoding.generate import generate
 from nextlat.decoding.sampling import Sampling, draw
 from nextlat.errors import NextLatError
 from nextlat.model.interfaces import CausalLM, Drafter
+
+Array = npt.NDArray[np.float32]
 
 FEATURES = 2
 LEAST = 1e-6
@@ -34,10 +38,10 @@ EXAMPLES = 200_000
 
 def law_features(drafted: Drafted) -> Tensor:
     """(B, 2): log probability of the most likely token and of the drafted one; fp32."""
-    chosen = drafted.probability.float().clamp(min=LEAST).log()
+    chosen = drafted.probability[:, None]
     # at temperature 0 the two are one
-    top = chosen if drafted.drawn_from is None else drafted.law.amax(-1).float().clamp(min=LEAST).log()
-    return torch.stack([top, chosen], -1)
+    both = [chosen, chosen] if drafted.drawn_from is None else [drafted.law.amax(-1, keepdim=True), chosen]
+    return torch.cat(both, -1).float().clamp_(min=LEAST).log_()
 
 
 def state_of(drafted: Drafted) -> Tensor | None:
@@ -63,6 +67,7 @@ class AcceptanceHead(nn.Module):
     ) -> None:
         super().__init__()
         self.reads_state = state_width > 0
+        self._arrays: list[Array] | None = None
         self.layer_1 = nn.Linear(FEATURES + state_width, hidden_dim)
         self.layer_2 = nn.Linear(hidden_dim, 1)
         nn.init.normal_(self.layer_1.weight, std=self.layer_1.in_features**-0.5, generator=generator)
@@ -79,8 +84,22 @@ class AcceptanceHead(nn.Module):
         """(B,) chances; what :class:`nextlat.decoding.CostAware` takes as ``estimator``."""
         features = law_features(drafted)
         state = state_of(drafted) if self.reads_state else None
-        logits: Tensor = self(features if state is None else torch.cat([features, state], -1))
+        read = features if state is None else torch.cat([features, state], -1)
+        if read.is_cpu:
+            return torch.from_numpy(self._on_cpu(read.numpy()))
+        logits: Tensor = self(read)
         return logits.sigmoid()
+
+    def _on_cpu(self, read: Array) -> Array:
+        # of the few rows of a draft a layer of torch takes longer to call than to compute
+        if self._arrays is None:
+            self._arrays = [p.detach().numpy().T for p in self.parameters()]  # the same memory
+        weight, bias, last, offset = self._arrays
+        inner = read @ weight + bias
+        inner /= 1 + np.exp(-inner)
+        odds = np.exp(-(inner @ last)[:, 0] - offset)
+        chance: Array = np.reciprocal(1 + odds)
+        return chance
 
 
 class Examples(NamedTuple):
