@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nextlat.allocator import give_back_freed_memory
 from nextlat.timing import Arm, collector_paused
 
 
@@ -36,7 +35,7 @@ def peak_memory(function: Arm, calls: int = 1) -> Peak:
     grown = []
     for _ in range(calls):
         with collector_paused():  # without the profiler: what it writes down is memory too
-            trim()
+            give_back_freed_memory()
             before = _reset_resident()
             result = function()
             if before is not None:
@@ -70,15 +69,6 @@ def _reset_resident() -> int | None:
     except OSError:
         return None
     return _resident("VmHWM")
-
-
-def trim() -> None:
-    """Give freed memory back to the kernel, so that the next peak does not hide in it."""
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):  # another C library than glibc
-            return
 
 
 def _resident(field: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from nextlat.allocator import keep_freed_memory
 from nextlat.batch import Batch
 from nextlat.bench.belief import closed_batch, looped_step, make_bst
 from nextlat.bench.by_hand import by_hand_step
@@ -62,6 +63,7 @@ PLANS: dict[Effort, Plan] = {
 def run(effort: Effort) -> Iterator[Result]:
     """All train steps."""
     plan = PLANS[effort]
+    keep_freed_memory()  # as in training, and for all arms alike
     yield from overhead(*plan.overhead)
     for shape, repetitions in plan.loops:
         yield from loops(shape, repetitions)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextlat.allocator import keep_freed_memory
 from nextlat.batch import Batch
 from nextlat.config import Config
 from nextlat.errors import NextLatError
@@ -81,6 +82,7 @@ def prepare(config: Config) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
+    keep_freed_memory()
     return pick_device(training.device)
 
 
