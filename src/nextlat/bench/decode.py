@@ -77,10 +77,8 @@ class Plan(NamedTuple):
     """Likewise."""
     trained: Small
     """A model to train on the spot."""
-    prompts: int
-    """Prompts of each domain, for trained models."""
-    fitted: int
-    """Texts that their acceptance heads are fitted to."""
+    survey: tuple[int, int, int]
+    """Prompts of each domain for trained models, passes, and texts that their acceptance heads are fitted to."""
 
 
 LARGE, SMALL = Size(12, 768, 12, 50_257, 4_096), Size(8, 768, 12, 1_000, 1_000)
@@ -93,35 +91,32 @@ PLANS: dict[Effort, Plan] = {
         ((LARGE, 64, 96, 3), (SMALL, 64, 192, 5)),
         (SMALL, 64, 64, 5),
         Small("fineweb_edu/mini", 600, ()),
-        8,
-        512,
+        (8, 2, 512),
     ),
     "quick": Plan(
         (LARGE, (257, 512), 3),
         ((LARGE, 64, 8, 0), (SMALL, 64, 64, 3)),
         (SMALL, 64, 32, 2),
         Small("fineweb_edu/mini", 120, ("training.warmup_steps=30", "training.decay_steps=60")),
-        2,
-        96,
+        (2, 1, 96),
     ),
     "tiny": Plan(
         (TINY, (5, 8), 2),
         ((TINY, 6, 8, 0), (TINY, 6, 8, 2)),
         (TINY, 4, 6, 2),
         Small("path_star/mini", 2, ("model.width=16", "model.n_layers=1", "model.n_heads=2", "data.test_size=40")),
-        1,
-        6,
+        (1, 2, 6),
     ),
 }
 
 
 def run(effort: Effort, runs: Sequence[Path] = ()) -> Iterator[Result]:
     """All of decoding; with ``runs``, these trained ones on text of this machine and nothing else."""
-    from nextlat.bench.trained import compare_runs, trained_here
+    from nextlat.bench.trained import Survey, compare_runs, trained_here
 
     plan = PLANS[effort]
     if runs:
-        yield from compare_runs(runs, 2 * plan.prompts, plan.fitted)
+        yield from compare_runs(runs, Survey(*plan.survey))
         return
     if plan.cache is not None:
         yield from cached(*plan.cache)
@@ -130,7 +125,7 @@ def run(effort: Effort, runs: Sequence[Path] = ()) -> Iterator[Result]:
     if plan.batched is not None:
         yield from batched(*plan.batched)
     with trained_here(plan.trained) as path:
-        yield from compare_runs([path], plan.prompts, plan.fitted)
+        yield from compare_runs([path], Survey(*plan.survey))
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import exp, log
 from pathlib import Path
@@ -88,13 +89,19 @@ def trained_here(small: Small) -> Iterator[Path]:
         yield Path(folder) / "trained-here"
 
 
-def compare_runs(paths: Sequence[Path], prompts: int, fitted: int) -> Iterator[Result]:
-    """Measure runs in turn on every domain, at temperatures 0 and 1.
+class Survey(NamedTuple):
+    """How much is measured of each run."""
 
-    Args:
-        paths: of the runs.
-        prompts: of each domain.
-        fitted: texts of the training data that acceptance heads are fitted to.
+    prompts: int
+    """Of each domain."""
+    passes: int
+    """How often all ways are tried; of each text and way the fastest counts."""
+    fitted: int
+    """Texts of the training data that acceptance heads are fitted to."""
+
+
+def compare_runs(paths: Sequence[Path], size: Survey) -> Iterator[Result]:
+    """Measure runs in turn on every domain, at temperatures 0 and 1.
 
     Raises:
         NextLatError: two runs of one objective, or runs that were not trained alike.
@@ -102,18 +109,18 @@ def compare_runs(paths: Sequence[Path], prompts: int, fitted: int) -> Iterator[R
     loaded = [load(path, "newest", None) for path in paths]
     check_alike(loaded)
     for temperature in (0.0, 1.0):
-        contenders = [contender(trained, Sampling(temperature), fitted) for trained in loaded]
+        contenders = [contender(trained, Sampling(temperature), size.fitted) for trained in loaded]
         task = contenders[0].trained.built.task
         domains = domain_names(task, task_tokenizer(task))
         for one in contenders:
             yield from prices(one, temperature)
         for domain in domains:
             for one in contenders:
-                survey(one, domain, prompts, Sampling(temperature))
+                survey(one, domain, size, Sampling(temperature))
                 yield from on_domain(one, domain, temperature)
         for one in contenders:
             yield from adaptive_against_static(one, temperature)
-            yield from cheap_drafts(one, prompts, Sampling(temperature))
+            yield from cheap_drafts(one, size.prompts, Sampling(temperature))
         yield from against_rivals(contenders, temperature)
 
 
@@ -142,17 +149,23 @@ def contender(trained: Trained, sampling: Sampling, fitted: int) -> Contender:
     return Contender(trained.config.objective, trained, fast, drafter, costs, fit, {}, {})
 
 
-def survey(one: Contender, domain: str, count: int, sampling: Sampling) -> None:
+def survey(one: Contender, domain: str, size: Survey, sampling: Sampling) -> None:
     """Try all ways of drafting on a domain."""
     task = one.trained.built.task
     length = task.sequence_length // 2
-    texts = domain_prompts(domain, task, task_tokenizer(task), count, length, one.trained.path / "domains")
+    texts = domain_prompts(domain, task, task_tokenizer(task), size.prompts, length, one.trained.path / "domains")
     longest = longest_draft(one.drafter)
     ways: dict[str, Callable[[], Policy]] = {str(n): partial(Static, n) for n in LENGTHS if n <= longest}
     ways[ADAPTIVE] = partial(CostAware, one.costs, longest)
-    ways[LEARNED] = partial(CostAware, one.costs, longest, one.fit.head.estimate)
+    ways[LEARNED] = partial(CostAware, one.costs, longest, one.fit.head.estimator())
     lm = one.trained.built.objective.as_lm()
-    one.found[domain] = measure_domain(one.fast, one.drafter, texts, length, sampling, ways, baseline=lm)
+    passes = [
+        measure_domain(one.fast, one.drafter, texts, length, sampling, ways, baseline=lm) for _ in range(size.passes)
+    ]
+    one.found[domain] = {
+        way: replace(arm, seconds=[min(times) for times in zip(*(each[way].seconds for each in passes), strict=True)])
+        for way, arm in passes[0].items()
+    }
     if sampling.greedy:
         kept = [kept_from(one.fast, one.drafter, text, length, longest) for text in texts]
         one.headroom[domain] = headroom(kept, one.costs, longest, [n for n in LENGTHS if n <= longest])

@@ -5,24 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from math import exp
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextlat.decoding.adaptive import Forecast, bin_of, by_probability
+from nextlat.decoding.adaptive import Estimator, Forecast, bin_of
 from nextlat.decoding.drafting import Drafted
 from nextlat.decoding.generate import generate
 from nextlat.decoding.sampling import Sampling, draw
 from nextlat.errors import NextLatError
 from nextlat.model.interfaces import CausalLM, Drafter
 
-Array = npt.NDArray[np.float32]
-
 FEATURES = 2
+"""Figures of the law that a head reads."""
 LEAST = 1e-6
 """Probabilities below count as this; the logarithm of nothing is no feature."""
 HIDDEN = 64
@@ -37,11 +35,10 @@ EXAMPLES = 200_000
 
 
 def law_features(drafted: Drafted) -> Tensor:
-    """(B, 2): log probability of the most likely token and of the drafted one; fp32."""
-    chosen = drafted.probability[:, None]
-    # at temperature 0 the two are one
-    both = [chosen, chosen] if drafted.drawn_from is None else [drafted.law.amax(-1, keepdim=True), chosen]
-    return torch.cat(both, -1).float().clamp_(min=LEAST).log_()
+    """(B, 4) fp32: logits of the most likely token and of the drafted one, and logarithms of their probabilities."""
+    top, chosen = drafted.top[:, None], drafted.logits.gather(1, drafted.column[:, None])
+    likely = torch.stack([drafted.law.amax(-1), drafted.probability], -1)
+    return torch.cat([top.float(), chosen.float(), likely.float().clamp(min=LEAST).log()], -1)
 
 
 def state_of(drafted: Drafted) -> Tensor | None:
@@ -51,10 +48,11 @@ def state_of(drafted: Drafted) -> Tensor | None:
 
 
 class AcceptanceHead(nn.Module):
-    """Chance that a drafted token is kept: one hidden layer over features of its law, and the drafter's state.
+    """Chance that a drafted token is kept: one hidden layer over the drafter's state and two logits.
 
-    The state knows far more than the law: how surely the drafter can be told that it is wrong does not show in how
-    sure it is.
+    The state knows far more than the law: that a drafter is about to go wrong does not show in how sure it is. With
+    the state the logits need not be normalised. A drafter without one, or whose state is not a vector, is read by the
+    probabilities of the two tokens.
 
     Args:
         state_width: D of the drafter's state; 0 does without it.
@@ -67,7 +65,6 @@ class AcceptanceHead(nn.Module):
     ) -> None:
         super().__init__()
         self.reads_state = state_width > 0
-        self._arrays: list[Array] | None = None
         self.layer_1 = nn.Linear(FEATURES + state_width, hidden_dim)
         self.layer_2 = nn.Linear(hidden_dim, 1)
         nn.init.normal_(self.layer_1.weight, std=self.layer_1.in_features**-0.5, generator=generator)
@@ -79,34 +76,32 @@ class AcceptanceHead(nn.Module):
         logits: Tensor = self.layer_2(F.silu(self.layer_1(read)))[:, 0]
         return logits
 
-    @torch.no_grad()
-    def estimate(self, drafted: Drafted) -> Tensor:
-        """(B,) chances; what :class:`nextlat.decoding.CostAware` takes as ``estimator``."""
-        features = law_features(drafted)
-        state = state_of(drafted) if self.reads_state else None
-        read = features if state is None else torch.cat([features, state], -1)
-        if read.is_cpu:
-            return torch.from_numpy(self._on_cpu(read.numpy()))
-        logits: Tensor = self(read)
-        return logits.sigmoid()
+    def estimator(self) -> Estimator:
+        """What :class:`nextlat.decoding.CostAware` takes, with the weights of now.
 
-    def _on_cpu(self, read: Array) -> Array:
-        # of the few rows of a draft a layer of torch takes longer to call than to compute
-        if self._arrays is None:
-            self._arrays = [p.detach().numpy().T for p in self.parameters()]  # the same memory
-        weight, bias, last, offset = self._arrays
-        inner = read @ weight + bias
-        inner /= 1 + np.exp(-inner)
-        odds = np.exp(-(inner @ last)[:, 0] - offset)
-        chance: Array = np.reciprocal(1 + odds)
-        return chance
+        A decision is made for every drafted token, and a few small operations take as long as the layers of a small
+        model, so there are as few as can be.
+        """
+        (weight, bias), (last, offset) = ((x.weight.detach(), x.bias.detach()) for x in (self.layer_1, self.layer_2))
+
+        def chances(drafted: Drafted) -> list[float]:
+            if self.reads_state:
+                top = drafted.top[:, None]
+                chosen = top if drafted.drawn_from is None else drafted.logits.gather(1, drafted.column[:, None])
+                read = torch.cat((top, chosen, drafted.state), -1)
+            else:
+                read = law_features(drafted)[:, FEATURES:]
+            made = F.linear(F.silu(F.linear(read.to(weight.dtype), weight, bias)), last, offset)
+            return [1 / (1 + exp(-row[0])) for row in made.tolist()]
+
+        return chances
 
 
 class Examples(NamedTuple):
     """Drafted tokens whose turn came, N in all."""
 
     features: Tensor
-    """(N, 2), see :func:`law_features`."""
+    """(N, 4), see :func:`law_features`."""
     states: Tensor | None
     """(N, D); ``None`` where the drafter's state is not one vector a row."""
     guesses: Tensor
@@ -121,8 +116,10 @@ class Examples(NamedTuple):
         return Examples(*(None if part is None else part[chosen] for part in self))  # type: ignore[arg-type]
 
     def read(self, use_state: bool) -> Tensor:
-        """(N, 2) or (N, 2 + D) what a head reads."""
-        return torch.cat([self.features, self.states], -1) if use_state and self.states is not None else self.features
+        """(N, 2 + D) logits and states, or (N, 2) logarithms of probabilities: what a head reads."""
+        if not use_state or self.states is None:
+            return self.features[:, FEATURES:]
+        return torch.cat([self.features[:, :FEATURES], self.states], -1)
 
 
 class _Guess(NamedTuple):
@@ -268,7 +265,7 @@ def _follow(
             if drafter.vocabulary is not None:
                 law = law.new_zeros(len(law), vocab_size).index_copy_(1, drafter.vocabulary, law)
             q, q_text = law[row, token], law[row, wanted]
-        guess = by_probability(drafted).float()
+        guess = drafted.probability.sqrt().float()
         made.append(_Guess(law_features(drafted), state_of(drafted), guess, token, q, q_text))
     return made
 

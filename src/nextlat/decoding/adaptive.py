@@ -5,17 +5,18 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import sqrt
 
 import numpy as np
-from torch import Tensor
 
 from nextlat.decoding.costs import Costs
 from nextlat.decoding.drafting import Drafted
 from nextlat.decoding.policies import Static
 from nextlat.errors import NextLatError
 
-Estimator = Callable[[Drafted], Tensor]
-"""(B,) a guess in [0, 1] of the chance that the drafted token is kept; what it is worth is learned from the run."""
+Estimator = Callable[[Drafted], Sequence[float]]
+"""For each row a guess in [0, 1] of the chance that the drafted token is kept; what it is worth is learned from the
+run."""
 
 EDGES = (0.2, 0.35, 0.5, 0.65, 0.78, 0.88, 0.95, 0.985)
 """Guesses between two of them share what is learned; finer near 1, where long drafts are decided."""
@@ -33,9 +34,9 @@ GUESS, SPREAD = 0.6, 0.05
 """Mean and variance of the guesses that are expected before any was seen."""
 
 
-def by_probability(drafted: Drafted) -> Tensor:
+def by_probability(drafted: Drafted) -> list[float]:
     """The root of the token's probability: laws that agree keep unlikely tokens too, so it is a hopeful guess."""
-    return drafted.probability.sqrt()
+    return [sqrt(p) for p in drafted.probability.tolist()]
 
 
 def bin_of(guess: float) -> int:
@@ -201,6 +202,8 @@ class CostAware(Static):
         self._typical = 0.0
         self._budget, self._forced, self._paid = self.EXPLORE_AT_FIRST, 0, False
         self._states: list[int] = []
+        self._table: list[list[float]] = []
+        self._table_of: list[list[float]] | None = None
         self._idle = 0
         self._bins: list[list[int]] = []
         self._survival: list[list[float]] = [[1.0]]
@@ -217,13 +220,16 @@ class CostAware(Static):
             return False
         if self._budget > 0 and self._typical < 1.5:
             self._forced = min(2, self.max_length)
+        if len(self._states) == 1:
+            return self._alone(0, self._states[0], 1.0) or self._explores(0)
         begins = {state: float(self._states.count(state)) for state in set(self._states)} or {PLAIN: 1.0}
         return self._worth(0, begins, max(len(self._states), 1)) or self._explores(0)
 
     def goes_on(self, drafted: Drafted) -> bool:
         """All rows or none."""
-        guesses = self.estimator(drafted).tolist()
-        return self.decide(drafted.position, guesses, None if drafted.going is None else drafted.going.tolist())
+        return self.decide(
+            drafted.position, self.estimator(drafted), None if drafted.going is None else drafted.going.tolist()
+        )
 
     def decide(self, position: int, guesses: Sequence[float], going: Sequence[bool] | None = None) -> bool:
         """Whether a draft of ``position`` tokens gets one more.
@@ -241,6 +247,8 @@ class CostAware(Static):
         self._survival.append([s * chance[b] for s, b in zip(before, bins, strict=True)])
         if position >= self.max_length:
             return False
+        if len(bins) == 1:
+            return self._alone(position, bins[0], self._survival[position][0]) or self._explores(position)
         promise: dict[int, float] = {}
         rows = 0
         for row, (b, s) in enumerate(zip(bins, self._survival[-1], strict=True)):
@@ -276,17 +284,29 @@ class CostAware(Static):
         price, before, scale = self.rate * rows, self._round[position], self.forecast.scale
         ahead, costs = self.forecast.ahead, self._round
         shares = list(promise.items())
-        one, share = shares[0]
         tokens = 0.0
         for j in range(1, self.max_length - position + 1):
             further = ahead[j]
-            if len(shares) == 1:  # always so for one row, where this loop is most of what a decision costs
-                tokens += scale[position + j] * share * further[one]
-            else:
-                tokens += scale[position + j] * sum(s * further[b] for b, s in shares)
+            tokens += scale[position + j] * sum(s * further[b] for b, s in shares)
             if tokens > price * (costs[position + j] - before):
                 return True
         return False
+
+    def _alone(self, position: int, state: int, survival: float) -> bool:
+        """The same for one row, by a table that is made when the forecast is: decisions themselves take time."""
+        if self._table_of is not self.forecast.ahead:
+            self._table_of, self._table = self.forecast.ahead, self._prices()
+        return survival > self.rate * self._table[position][state]
+
+    def _prices(self) -> list[list[float]]:
+        """[position][state] least cost of a further token, over the numbers of further tokens."""
+        ahead, scale, costs = (np.array(x) for x in (self.forecast.ahead, self.forecast.scale, self._round))
+        table = []
+        for position in range(self.max_length):
+            further = slice(1, self.max_length - position + 1)
+            tokens = (scale[position + 1 :, None] * ahead[further]).cumsum(0)  # (numbers, states)
+            table.append(((costs[position + 1 :] - costs[position])[:, None] / tokens).min(0).tolist())
+        return table
 
     def _explores(self, position: int) -> bool:
         """Whether to go on in order to learn; the round pays for it once, when the draft would have ended."""

@@ -103,7 +103,7 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
         lm, costs = prepared(trained, drafter, context, sampling)
         print(costs.advice(longest_draft(drafter)), file=sys.stderr)
         head = fitted_acceptance(trained, request.temperature)
-        policy = CostAware(costs, longest_draft(drafter), head.estimate if head is not None else None)
+        policy = CostAware(costs, longest_draft(drafter), head.estimator() if head is not None else None)
     elif drafter is not None:
         policy = Tree() if request.speculative == TREE else Static(read_length(request.speculative))
     counted = Statistics()
@@ -273,7 +273,7 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
     policies["adaptive"] = partial(CostAware, costs, longest)
     head = fitted_acceptance(trained, survey.temperature)
     if head is not None:
-        policies["learned"] = partial(CostAware, costs, longest, head.estimate)
+        policies["learned"] = partial(CostAware, costs, longest, head.estimator())
     stop = () if task.end_token is None else (task.end_token,)
     print(f"{trained.config.objective} of {run} at step {trained.step}, temperature {survey.temperature:g}")
     print(f"{survey.prompts} prompts of each domain, one at a time, {new} new tokens")
