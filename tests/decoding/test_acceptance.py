@@ -28,7 +28,7 @@ from tests.tiny import files_below, run_whole, tiny
 def planted(count: int = 8000, width: int = 4) -> Examples:
     """Labels that depend on two entries of the state together, on neither alone, and not on the token's probability."""
     g = torch.Generator().manual_seed(0)
-    features, states = torch.randn(count, 2, generator=g), 5 + 3 * torch.randn(count, width, generator=g)
+    features, states = torch.randn(count, 4, generator=g), 5 + 3 * torch.randn(count, width, generator=g)
     labels = (3 * torch.sign((states[:, 1] - 5) * (states[:, 3] - 5))).sigmoid()
     return Examples(features, states, torch.rand(count, generator=g), labels, torch.arange(count) // 40)
 
@@ -51,15 +51,15 @@ def test_without_the_state_only_the_law_is_used() -> None:
     assert without.head.layer_1.in_features == 2
     assert not without.head.reads_state
     told = planted()
-    told = told._replace(labels=(2 * told.features[:, 1]).sigmoid())
-    found = fit(told, steps=200, use_state=False)
-    assert found.head_score.log_loss < found.constant.log_loss - 0.1
+    for column, known in ((1, False), (3, True)):  # logits mean nothing alone, probabilities do
+        found = fit(told._replace(labels=(2 * told.features[:, column]).sigmoid()), steps=200, use_state=False)
+        assert (found.head_score.log_loss < found.constant.log_loss - 0.1) == known
 
 
 def test_few_examples_are_not_learned_by_heart() -> None:
     g = torch.Generator().manual_seed(1)
     few = Examples(
-        torch.randn(300, 2, generator=g),
+        torch.randn(300, 4, generator=g),
         torch.randn(300, 200, generator=g),
         torch.rand(300, generator=g),
         (torch.rand(300, generator=g) < 0.7).float(),  # by chance alone
@@ -89,11 +89,29 @@ def test_calibration_is_log_loss_and_squared_error() -> None:
 
 def test_features_are_those_of_the_law_that_was_drawn_from() -> None:
     law = torch.tensor([[0.7, 0.3, 0.0]])
-    drafted = Drafted(3, torch.tensor([1]), torch.zeros(1, 3), torch.zeros(1, 4), law)
-    torch.testing.assert_close(law_features(drafted), torch.tensor([[0.7, 0.3]]).log())
-    greedy = Drafted(1, torch.tensor([2]), torch.tensor([[0.0, 1.0, 3.0]]), None)
-    top = torch.tensor([0.0, 1.0, 3.0]).softmax(-1)[2].log()
-    torch.testing.assert_close(law_features(greedy), torch.stack([top, top])[None])
+    logits = torch.tensor([[0.5, 4.0, 2.0]])
+    drafted = Drafted(3, torch.tensor([2]), logits, torch.zeros(1, 4), law.flip(1))
+    likely = torch.tensor([0.7, 0.7]).log().tolist()
+    torch.testing.assert_close(law_features(drafted), torch.tensor([[4.0, 2.0, *likely]]))
+    greedy = Drafted(1, torch.tensor([1]), logits, None, largest=logits.amax(-1))
+    top = float(logits.softmax(-1)[0, 1].log())
+    torch.testing.assert_close(law_features(greedy), torch.tensor([[4.0, 4.0, top, top]]))
+
+
+@pytest.mark.parametrize("width", [0, 4])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_estimator_is_the_head_on_what_it_was_fitted_to(width: int, drawn: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    head = AcceptanceHead(width, generator=g)
+    torch.nn.init.normal_(head.layer_2.weight, std=0.1, generator=g)
+    logits, state = torch.randn(3, 7, generator=g), torch.randn(3, 4, generator=g)
+    column = torch.tensor([0, 6, 2]) if drawn else logits.argmax(-1)
+    drafted = Drafted(1, column, logits, state, logits.softmax(-1) if drawn else None)
+    features = law_features(drafted)
+    examples = Examples(features, state, features[:, 0], features[:, 0], column)
+    wanted = head(examples.read(width > 0)).sigmoid()
+    assert head.estimator()(drafted) == pytest.approx(wanted.tolist(), abs=1e-6)
+    assert len({round(x, 4) for x in wanted.tolist()}) == 3
 
 
 class Constant:
@@ -172,7 +190,7 @@ def test_greedy_examples_are_those_of_a_draft_from_every_place() -> None:
         assert mine.labels.tolist() == labels
         assert mine.states is not None
         torch.testing.assert_close(mine.states, torch.stack(states), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(mine.features, torch.stack(logs)[:, None].expand(-1, 2), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine.features[:, 2:], torch.stack(logs)[:, None].expand(-1, 2), rtol=1e-4, atol=1e-5)
     assert 0 < float(made.labels.mean()) < 1
 
     few = collect(lm, drafter, [(row, new) for row in rows], Sampling(0.0), length, most=40)
@@ -184,7 +202,7 @@ def test_greedy_examples_are_those_of_a_draft_from_every_place() -> None:
 def test_a_head_is_an_estimator_of_the_cost_aware_policy() -> None:
     objective = trained().float()
     head = AcceptanceHead(16, generator=torch.Generator().manual_seed(0))
-    policy = CostAware(Costs(0.05), 4, estimator=head.estimate)
+    policy = CostAware(Costs(0.05), 4, estimator=head.estimator())
     made = generate(objective.as_lm(), prompts(), 15, drafter=objective.drafter(), policy=policy)
     assert torch.equal(made, generate(objective.as_lm(), prompts(), 15))
 
