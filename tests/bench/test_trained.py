@@ -17,6 +17,7 @@ from nextlat.bench.trained import (
     against_rivals,
     best_speed,
     best_static,
+    by_costs,
     check_alike,
     headroom,
     kept_from,
@@ -83,6 +84,17 @@ def test_the_gain_of_adapting_is_over_the_best_fixed_length_of_each_domain() -> 
     mean, least = (found[f"{LEARNED} / best fixed length: {name}"] for name in ("geometric mean", "least"))
     assert (mean.value, mean.target) == (pytest.approx((2 * 1.25) ** 0.5), 1.15)
     assert (least.value, least.target) == (pytest.approx(1.25), 0.99)
+
+
+def test_by_costs_lengths_are_compared_by_what_rounds_cost_and_not_by_seconds() -> None:
+    arms = contender("nextlat", RUN, plain=8, s0=1, s2=3, s1=2, adaptive=9).found["prose"]
+    arms["0"].statistics.__init__(rounds=20, tokens=20)  # type: ignore[misc]
+    arms["1"].statistics.__init__(rounds=12, tokens=20, drafted=[12])  # type: ignore[misc]
+    arms["2"].statistics.__init__(rounds=10, tokens=20, drafted=[10, 10])  # type: ignore[misc]
+    arms[ADAPTIVE].statistics.__init__(rounds=11, tokens=20, drafted=[10, 6])  # type: ignore[misc]
+    costs = Costs(0.1, {1: 1.0, 2: 1.2, 3: 1.5}, overhead=0.7)
+    wanted = min(20, 12 * 1.3, 10 * 1.7) / (1 + 4 * 1.3 + 6 * 1.7)
+    assert by_costs(arms, ADAPTIVE, costs) == pytest.approx(wanted)
 
 
 def walk(kept: list[int], length: int) -> list[tuple[int, int]]:

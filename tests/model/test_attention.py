@@ -101,6 +101,24 @@ def test_attention_without_documents_is_plain_causal() -> None:
     )
 
 
+@pytest.mark.parametrize("length", [1, 5, 63, 64, 65, 127, 128, 129])
+def test_causal_attention_has_output_and_gradients_of_all_pairs_written_out(length: int) -> None:
+    q, k, v = queries_keys_values(2, length)
+    upstream = torch.randn(2, length, 8, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k) / 2.0  # sqrt(head width 4)
+    weights = weights.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1)
+    dense = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
+    mixed = attend(q, k, v)
+    assert mixed.grad_fn is not None
+    assert ("_ShortRows" in str(mixed.grad_fn.next_functions)) == (length <= 128)
+    torch.testing.assert_close(mixed, dense, rtol=0, atol=1e-12)
+    found, expected = (torch.autograd.grad((x * upstream).sum(), (q, k, v)) for x in (mixed, dense))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(q, k, v), dense, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "head_width", "varlen", "expected"),
     [
@@ -209,7 +227,7 @@ def test_flex_attention_is_used_only_where_it_proves_right(
         warnings.simplefilter("always")
         with torch.no_grad():
             found = [attend(q, k, v, document_layout(documents)) for _ in range(2)]
-    expected = attend_grouped(q, k, v, document_layout(documents))
+            expected = attend_grouped(q, k, v, document_layout(documents))
     assert torch.equal(found[0], expected) and torch.equal(found[1], expected)
     assert [message in str(w.message) for w in caught if message] == ([True] if message else [])  # once, not each call
     assert ways.flex_is_right(q, document_layout(documents)) == (message is None)

@@ -52,6 +52,8 @@ SHOWN = 6
 
 HINDSIGHT = "limit of adapting: lengths chosen in hindsight, knowing what would be kept, by the measured costs"
 
+BY_COSTS = "by costs: counted by c and V(k) alone, as on a model beside which deciding takes no time"
+
 Found = dict[str, dict[str, Arm]]
 """Domain -> way of drafting -> what it did."""
 
@@ -289,6 +291,15 @@ def adaptive_against_static(one: Contender, temperature: float) -> Iterator[Resu
         name = f"{way} / best fixed length"
         yield Result(f"{name}: geometric mean", geometric_mean(gains), mean_target, limit=limit, setting=about)
         yield Result(f"{name}: least", min(gains), least_target, setting=about)
+        counted = [by_costs(arms, way, one.costs) for arms in one.found.values()]
+        yield Result(f"{name}, by costs: geometric mean", geometric_mean(counted), setting=about, note=BY_COSTS)
+        yield Result(f"{name}, by costs: least", min(counted), setting=about)
+
+
+def by_costs(arms: Mapping[str, Arm], way: str, costs: Costs) -> float:
+    """What a way gains over the best fixed length if c and V(k) were all that rounds cost."""
+    speeds = {name: bound(arms[name].statistics, costs) for name in (*statics(arms), way)}
+    return speeds[way] / max(speeds[name] for name in statics(arms))
 
 
 def cheap_drafts(one: Contender, count: int, sampling: Sampling) -> Iterator[Result]:
