@@ -112,6 +112,8 @@ def test_the_estimator_is_the_head_on_what_it_was_fitted_to(width: int, drawn: b
     wanted = head(examples.read(width > 0)).sigmoid()
     assert head.estimator()(drafted) == pytest.approx(wanted.tolist(), abs=1e-6)
     assert len({round(x, 4) for x in wanted.tolist()}) == 3
+    head.layer_2.bias.data.fill_(-1e4)
+    assert head.estimator()(drafted) == pytest.approx([0, 0, 0])
 
 
 class Constant:

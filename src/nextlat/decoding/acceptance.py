@@ -92,7 +92,7 @@ class AcceptanceHead(nn.Module):
             else:
                 read = law_features(drafted)[:, FEATURES:]
             made = F.linear(F.silu(F.linear(read.to(weight.dtype), weight, bias)), last, offset)
-            return [1 / (1 + exp(-row[0])) for row in made.tolist()]
+            return [1 / (1 + exp(min(-row[0], 100.0))) for row in made.tolist()]
 
         return chances
 
