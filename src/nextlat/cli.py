@@ -192,9 +192,9 @@ def fit_dynamics(
 def fit_acceptance(
     run: Annotated[Path, typer.Argument(help="A run directory of nextlat, mtp or jtp.")],
     temperature: Annotated[float, typer.Option(min=0, help="Of the text that is drafted; 0 is greedy.")] = 0.0,
-    prompts: Annotated[int, typer.Option(min=3, help="Texts to continue; a fifth of them is only measured on.")] = 512,
+    prompts: Annotated[int, typer.Option(min=3, help="Texts to continue; a fifth of them is only measured on.")] = 1024,
     length: Annotated[int, typer.Option(min=1, help="Of the drafts, at most what the drafter makes.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Of the fit.")] = 1500,
+    steps: Annotated[int, typer.Option(min=1, help="Of the fit.")] = 2000,
     state: Annotated[bool, typer.Option(help="Read the drafter's state beside its law.")] = True,
     device: Device = None,
 ) -> None:

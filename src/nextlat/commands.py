@@ -160,11 +160,11 @@ def fit_acceptance_command(
     from nextlat.training.trained import load_run
 
     path, fit = fit_acceptance(load_run(run, device), temperature, prompts, length, steps, state)
-    print(f"fitted to {fit.examples} drafted tokens, measured on {fit.held_out} of other prompts")
+    print(f"fitted to {fit.examples} drafts, measured on {fit.held_out} of other prompts")
     table = Table(box=None, pad_edge=False)
     for column in ("chances from", "log loss", "Brier score"):
         table.add_column(column, justify="left" if column == "chances from" else "right")
-    for name, score in (("head", fit.head_score), ("bins learned online", fit.bins), ("a constant", fit.constant)):
+    for name, score in (("head", fit.head_score), ("the position alone", fit.constant)):
         table.add_row(name, f"{score.log_loss:.4f}", f"{score.brier:.4f}")
     Console(soft_wrap=True).print(table)
     print(f"wrote {path}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nextlat.bench.decode import Small, bound, share_of_bound
 from nextlat.bench.results import Result
-from nextlat.decoding.acceptance import Fit
+from nextlat.decoding.acceptance import Fit, Planned
 from nextlat.decoding.adaptive import CostAware
 from nextlat.decoding.command import CheapDrafts, load, longest_draft, need_drafter, prepared, spared
 from nextlat.decoding.costs import Costs
@@ -36,7 +36,8 @@ from nextlat.training.acceptance import fitted_head
 from nextlat.training.trained import Trained
 
 ADAPTIVE, LEARNED = "adaptive", "adaptive, fitted head"
-"""Lengths by cost, judged by the drafter's own probabilities, or by a head fitted to drafts of the training data."""
+"""Lengths by cost: token by token by the drafter's own probabilities, or once a round by a head that was fitted to
+drafts of the training data."""
 MEAN, LEAST = 1.15, 0.99
 """The latter over the best static length: least accepted geometric mean over domains, and least accepted in any."""
 RIVALS = {"mtp": 1.3, "jtp": 1.2}
@@ -159,7 +160,7 @@ def survey(one: Contender, domain: str, size: Survey, sampling: Sampling) -> Non
     longest = longest_draft(one.drafter)
     ways: dict[str, Callable[[], Policy]] = {str(n): partial(Static, n) for n in LENGTHS if n <= longest}
     ways[ADAPTIVE] = partial(CostAware, one.costs, longest)
-    ways[LEARNED] = partial(CostAware, one.costs, longest, one.fit.head.estimator())
+    ways[LEARNED] = partial(Planned, one.costs, one.fit.head, longest)
     lm = one.trained.built.objective.as_lm()
     passes = [
         measure_domain(one.fast, one.drafter, texts, length, sampling, ways, baseline=lm) for _ in range(size.passes)
@@ -245,9 +246,12 @@ def prices(one: Contender, temperature: float) -> Iterator[Result]:
         yield Result(f"verifying {count} positions / one", one.costs.verification(count), setting=about)
     note = f"{one.name} at temperature {temperature:g}: {one.costs.advice(longest)}"
     yield Result("acceptance from which drafts pay", one.costs.break_even(longest), setting=about, note=note)
-    head, bins = one.fit.head_score.log_loss, one.fit.bins.log_loss
+    head, constant = one.fit.head_score.log_loss, one.fit.constant.log_loss
     yield Result(
-        "log loss of being kept: by probability / fitted head", bins / head, setting=about, of=f"{bins:.3f}/{head:.3f}"
+        "log loss of being kept: by position / fitted head",
+        constant / head,
+        setting=about,
+        of=f"{constant:.3f}/{head:.3f}",
     )
 
 

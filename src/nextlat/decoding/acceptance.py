@@ -1,29 +1,27 @@
-"""A learned guess of whether a drafted token will be kept, from what the drafter said of it."""
+"""How long drafts shall be, foreseen from the first drafted token by a head that is fitted to a drafter."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from math import exp
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextlat.decoding.adaptive import Estimator, Forecast, bin_of
+from nextlat.decoding.costs import Costs
 from nextlat.decoding.drafting import Drafted
 from nextlat.decoding.generate import generate
+from nextlat.decoding.policies import Static
 from nextlat.decoding.sampling import Sampling, draw
 from nextlat.errors import NextLatError
 from nextlat.model.interfaces import CausalLM, Drafter
 
-FEATURES = 2
-"""Figures of the law that a head reads."""
 LEAST = 1e-6
 """Probabilities below count as this; the logarithm of nothing is no feature."""
-HIDDEN = 64
+HIDDEN = 256
 LOOK = 50
 """Steps of a fit between two looks at what it is stopped by."""
 ROWS = 32
@@ -31,14 +29,11 @@ ROWS = 32
 AT_ONCE = 2**25
 """Numbers that a batch of texts may hold: laws of the model, and states of the drafter."""
 EXAMPLES = 200_000
-"""Drafted tokens that are kept to fit to, of all that were looked at."""
-
-
-def law_features(drafted: Drafted) -> Tensor:
-    """(B, 4) fp32: logits of the most likely token and of the drafted one, and logarithms of their probabilities."""
-    top, chosen = drafted.top[:, None], drafted.logits.gather(1, drafted.column[:, None])
-    likely = torch.stack([drafted.law.amax(-1), drafted.probability], -1)
-    return torch.cat([top.float(), chosen.float(), likely.float().clamp(min=LEAST).log()], -1)
+"""Drafts that are kept to fit to, of all that were looked at."""
+RETRY = 32
+"""Rounds without drafts, where they do not pay, before one is tried again."""
+HOPE = 8.0
+"""Plain steps' worth of time for which drafts are believed to pay at first, or not to pay any more."""
 
 
 def state_of(drafted: Drafted) -> Tensor | None:
@@ -48,66 +43,133 @@ def state_of(drafted: Drafted) -> Tensor | None:
 
 
 class AcceptanceHead(nn.Module):
-    """Chance that a drafted token is kept: one hidden layer over the drafter's state and two logits.
+    """From a draft's first token, the chances of each of its tokens to be kept if those before it are.
 
-    The state knows far more than the law: that a drafter is about to go wrong does not show in how sure it is. With
-    the state the logits need not be normalised. A drafter without one, or whose state is not a vector, is read by the
-    probabilities of the two tokens.
+    One hidden layer over the drafter's state and the largest logit. The state knows far more than the law: that a
+    drafter is about to go wrong does not show in how sure it is. A drafter whose state is not a vector is read by the
+    logarithm of its largest probability.
 
     Args:
         state_width: D of the drafter's state; 0 does without it.
+        length: K tokens of a draft.
         hidden_dim: units of the hidden layer.
         generator: of the initial weights.
     """
 
     def __init__(
-        self, state_width: int = 0, hidden_dim: int = HIDDEN, generator: torch.Generator | None = None
+        self, state_width: int, length: int, hidden_dim: int = HIDDEN, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
-        self.reads_state = state_width > 0
-        self.layer_1 = nn.Linear(FEATURES + state_width, hidden_dim)
-        self.layer_2 = nn.Linear(hidden_dim, 1)
+        self.reads_state, self.length = state_width > 0, length
+        self.layer_1 = nn.Linear(1 + state_width, hidden_dim)
+        self.layer_2 = nn.Linear(hidden_dim, length)
         nn.init.normal_(self.layer_1.weight, std=self.layer_1.in_features**-0.5, generator=generator)
         for start in (self.layer_1.bias, self.layer_2.weight, self.layer_2.bias):
             nn.init.zeros_(start)
 
     def forward(self, read: Tensor) -> Tensor:
-        """(N,) logits of being kept, from (N, 2 + D) features and states."""
-        logits: Tensor = self.layer_2(F.silu(self.layer_1(read)))[:, 0]
+        """(N, K) logits of being kept, from (N, 1 + D) figures of first tokens."""
+        logits: Tensor = self.layer_2(F.silu(self.layer_1(read)))
         return logits
 
-    def estimator(self) -> Estimator:
-        """What :class:`nextlat.decoding.CostAware` takes, with the weights of now.
+    def survival(self, drafted: Drafted) -> Tensor:
+        """(B, K) chances that the first 1, ..., K tokens are all kept, from the first of them."""
+        logits: Tensor = self(reading(drafted, self.reads_state))
+        return logits.sigmoid().cumprod(-1)
 
-        A decision is made for every drafted token, and a few small operations take as long as the layers of a small
-        model, so there are as few as can be.
-        """
-        (weight, bias), (last, offset) = ((x.weight.detach(), x.bias.detach()) for x in (self.layer_1, self.layer_2))
 
-        def chances(drafted: Drafted) -> list[float]:
-            if self.reads_state:
-                top = drafted.top[:, None]
-                chosen = top if drafted.drawn_from is None else drafted.logits.gather(1, drafted.column[:, None])
-                read = torch.cat((top, chosen, drafted.state), -1)
-            else:
-                read = law_features(drafted)[:, FEATURES:]
-            made = F.linear(F.silu(F.linear(read.to(weight.dtype), weight, bias)), last, offset)
-            return [1 / (1 + exp(min(-row[0], 100.0))) for row in made.tolist()]
+def reading(drafted: Drafted, with_state: bool) -> Tensor:
+    """(B, 1 + D) or (B, 1) what a head reads of a token."""
+    if not with_state:
+        return drafted.law.amax(-1, keepdim=True).float().clamp(min=LEAST).log()
+    return torch.cat([drafted.top[:, None], drafted.state], -1).float()
 
-        return chances
+
+class Planned(Static):
+    """As many tokens as an :class:`AcceptanceHead` promises more for than they cost, decided once a round.
+
+    After the first drafted token the length n is chosen that has the largest
+
+        1 + S_1 + ... + S_n - rate (V(n + 1) + n c),
+
+    with S_j the chance that the first j tokens are all kept and the rate of tokens per time that drafts have reached
+    of late, which makes the rate itself as large as it can be (Dinkelbach 1967); 1, that of plain decoding, is the
+    least. Where drafts have been slower than that, one is tried now and then. Rows of a batch share a length: a call
+    costs what its longest draft costs.
+
+    A decision takes a few small operations, as long as a draft step of a small model; one a round is far cheaper than
+    one a token, and the state after the first token foresees the others well.
+
+    Args:
+        costs: of drafting and verifying, for as many rows as are decoded.
+        head: fitted to the drafter, at the temperature that is used.
+        max_length: no draft gets longer.
+        memory: rounds after which what was gained has faded to 1/e.
+
+    Raises:
+        NextLatError: numbers out of range.
+    """
+
+    def __init__(self, costs: Costs, head: AcceptanceHead, max_length: int = 16, memory: float = 500.0) -> None:
+        super().__init__(min(max_length, head.length))
+        if not memory > 1:
+            raise NextLatError(f"memory is {memory} rounds; it must be above 1")
+        self.head, self.planned = head, 0
+        self._round = [costs.round(length) for length in range(self.max_length + 1)]
+        self._fade = 1 - 1 / memory
+        # as if drafts had paid for a while, so that some in a row must be lost before they are given up
+        self._tokens, self._time = 1.5 * HOPE, HOPE
+        self._idle = 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens that a row has gained by rounds with drafts, per cost of a plain step, of late."""
+        return self._tokens / self._time
+
+    def starts(self) -> bool:
+        """Whether drafts have paid of late, or have not been tried for long."""
+        return self.max_length > 0 and (self.rate >= 1 or self._idle >= RETRY)
+
+    def goes_on(self, drafted: Drafted) -> bool:
+        """Until the planned length is reached; all rows or none."""
+        if drafted.position == 1:
+            self.planned = self._length(drafted)
+        return drafted.position < self.planned
+
+    def learn(self, drafted: list[int], accepted: list[int]) -> None:
+        """Count what was gained, and what it cost."""
+        length, rows = max(drafted, default=0), sum(n > 0 for n in drafted)
+        self._idle = 0 if length else self._idle + 1
+        if rows:
+            self._tokens = self._fade * self._tokens + 1 + sum(accepted) / rows
+            self._time = self._fade * self._time + self._round[length]
+            if self.rate < 1:  # few that are kept later on shall tell that the text has become another
+                self._tokens, self._time = self.rate * min(self._time, HOPE), min(self._time, HOPE)
+
+    def _length(self, drafted: Drafted) -> int:
+        curves = self.head.survival(drafted)
+        if drafted.going is not None:
+            curves = curves[drafted.going]
+        curve = (curves.mean(0) if len(curves) > 1 else curves[0]).tolist()
+        rate, tokens, best, planned = max(self.rate, 1.0), 1.0, -float("inf"), 1
+        for length in range(1, self.max_length + 1):
+            tokens += curve[length - 1]
+            worth = tokens - rate * self._round[length]
+            if worth > best:
+                best, planned = worth, length
+        return planned
 
 
 class Examples(NamedTuple):
-    """Drafted tokens whose turn came, N in all."""
+    """Drafts of K tokens from places of the model's own text, N in all."""
 
-    features: Tensor
-    """(N, 4), see :func:`law_features`."""
+    top: Tensor
+    """(N, 2) of the first token's law: the largest logit, and the logarithm of the largest probability."""
     states: Tensor | None
-    """(N, D); ``None`` where the drafter's state is not one vector a row."""
-    guesses: Tensor
-    """(N,) root of the token's probability, what the online bins go by."""
+    """(N, D) after the first token; ``None`` where the drafter's state is not one vector a row."""
     labels: Tensor
-    """(N,) chance to be kept: ``min(1, p / q)``; at temperature 0 whether it is the model's most likely token."""
+    """(N, K) chance of each token to be kept, ``min(1, p / q)``, at temperature 0 whether it is the model's most
+    likely one; NaN where its turn did not come."""
     prompts: Tensor
     """(N,) int64 number of the prompt."""
 
@@ -116,23 +178,22 @@ class Examples(NamedTuple):
         return Examples(*(None if part is None else part[chosen] for part in self))  # type: ignore[arg-type]
 
     def read(self, use_state: bool) -> Tensor:
-        """(N, 2 + D) logits and states, or (N, 2) logarithms of probabilities: what a head reads."""
+        """(N, 1 + D) or (N, 1) what a head reads, as :func:`reading` has it."""
         if not use_state or self.states is None:
-            return self.features[:, FEATURES:]
-        return torch.cat([self.features[:, :FEATURES], self.states], -1)
+            return self.top[:, 1:]
+        return torch.cat([self.top[:, :1], self.states], -1)
 
 
-class _Guess(NamedTuple):
-    """What one drafted token of each row came from, before the model's laws are known."""
+class _Followed(NamedTuple):
+    """What one place's draft came to, position by position, before the model's laws are known."""
 
-    features: Tensor
+    top: Tensor
     states: Tensor | None
-    guesses: Tensor
-    tokens: Tensor
-    """(B,) int64."""
-    q: Tensor
+    tokens: list[Tensor]
+    """(B,) int64 each."""
+    q: list[Tensor]
     """(B,) the drafter's probability of it, under which it was drawn; 1 at temperature 0."""
-    q_text: Tensor
+    q_text: list[Tensor]
     """(B,) that of the token which the text has there."""
 
 
@@ -148,18 +209,17 @@ def collect(
 ) -> Examples:
     """Draft from every place of the model's own continuations and note, of each token, the chance that it is kept.
 
-    Only tokens whose turn comes are noted: those behind tokens that were all kept. Behind a wrong token the drafter
-    continues a text that the model does not write, and no decision depends on what it would have been worth. Drafts
-    follow the text, so a place in the text is in a kept draft with probability ``p min(1, q / p) = min(p, q)`` if the
-    text is drawn from p and kept with ``min(1, q / p)``: the law of drafts that are verified token by token. The
-    label is a chance and not the outcome of a coin, which would only add noise.
+    A token has its turn if all before it are kept. Drafts follow the text, so a place in the text is in a kept draft
+    with probability ``p min(1, q / p) = min(p, q)`` if the text is drawn from p and kept with ``min(1, q / p)``: the
+    law of drafts that are verified token by token. The label is a chance and not the outcome of a coin, which would
+    only add noise.
 
     Args:
         lm: the model.
         drafter: of the model.
         prompts: (P,) int64 tokens, and how many to add to them.
         sampling: how tokens are drawn.
-        length: of every draft.
+        length: K of every draft.
         generator: of the draws.
         most: examples to keep; of more a random part.
 
@@ -170,13 +230,17 @@ def collect(
     for numbers, texts, new in _batches(prompts, lm, length):
         if new > 1:
             made = _drafts_everywhere(lm, drafter, texts, new, sampling, length, generator)
-            share = most * len(numbers) / len(prompts) / max(len(made.labels), 1)
+            share = most * len(numbers) / len(prompts) / len(made.labels)
             if share < 1:
                 made = made.take(torch.rand(len(made.labels), generator=generator).to(made.labels.device) < share)
             found.append(made._replace(prompts=torch.tensor(numbers, device=made.prompts.device)[made.prompts]))
     if not found:
         raise NextLatError("no prompt leaves room for a draft; continue prompts by at least 2 tokens")
-    columns = zip(*found, strict=True)
+    return _joined(found)
+
+
+def _joined(parts: Sequence[Examples]) -> Examples:
+    columns = zip(*parts, strict=True)
     return Examples(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
@@ -186,10 +250,10 @@ def _batches(
     """Numbers and texts of prompts to be continued by as many tokens, and how many."""
     with torch.inference_mode():
         output = lm(prompts[0][0][None, :1])
-    sizes = {"vocab": output.logits.shape[-1], "state": length * output.hidden.shape[-1]}
+    largest = max(output.logits.shape[-1], output.hidden.shape[-1] + 3 * length)
     for new, group in groupby(enumerate(prompts), key=lambda item: item[1][1]):
         items = list(group)
-        rows = max(1, min(ROWS, AT_ONCE // (new * max(sizes.values()))))
+        rows = max(1, min(ROWS, AT_ONCE // (new * largest)))
         for start in range(0, len(items), rows):
             part = items[start : start + rows]
             yield [number for number, _ in part], [prompt for _, (prompt, _) in part], new
@@ -216,27 +280,26 @@ def _drafts_everywhere(
     output = lm(prompts, cache=cache, logits_at=read)
     cache.lengths = list(lengths)
     laws: list[Tensor] = []  # [i] (B, V) of token i + 1 of the continuation
-    guesses: list[list[_Guess]] = []  # [i] of the tokens behind token i
+    drafts: list[_Followed] = []  # [i] of the tokens behind token i
     for place in range(new - 1):
         state = drafter.observe(output, read)
         behind = text[:, place : place + 1 + length]
-        guesses.append(_follow(drafter, state, behind, sampling, output.logits.shape[-1], generator))
+        drafts.append(_follow(drafter, state, behind, sampling, output.logits.shape[-1], generator))
         output = lm(text[:, place : place + 1], cache=cache)
         read = torch.zeros_like(read)
         laws.append(sampling.law(output.logits[:, 0]))
     row = torch.arange(rows, device=device)
     parts: list[Examples] = []
-    for place, drafted in enumerate(guesses):
+    for place, draft in enumerate(drafts):
         turn = torch.ones(rows, dtype=torch.bool, device=device)
-        for i, guess in enumerate(drafted):
+        labels = torch.full((rows, length), torch.nan, device=device)
+        for i, (token, q, q_text) in enumerate(zip(draft.tokens, draft.q, draft.q_text, strict=True)):
             p = laws[place + i]
-            label = (p[row, guess.tokens] / guess.q.to(p)).clamp(max=1).float()
-            part = Examples(guess.features, guess.states, guess.guesses, label, row)
-            parts.append(part.take(turn))
-            kept = (guess.q_text.to(p) / p[row, text[:, place + 1 + i]]).clamp(max=1)
+            labels[turn, i] = (p[row, token] / q.to(p)).clamp(max=1).float()[turn]
+            kept = (q_text.to(p) / p[row, text[:, place + 1 + i]]).clamp(max=1)
             turn &= torch.rand(rows, generator=generator, dtype=torch.float64).to(device) < kept
-    columns = zip(*parts, strict=True)
-    return Examples(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+        parts.append(Examples(draft.top, draft.states, labels, row))
+    return _joined(parts)
 
 
 def _follow(
@@ -246,10 +309,11 @@ def _follow(
     sampling: Sampling,
     vocab_size: int,
     generator: torch.Generator | None,
-) -> list[_Guess]:
+) -> _Followed:
     """What would be drafted for each of (B, K) tokens but the first, if those before it had been drafted and kept."""
-    made = []
     row = torch.arange(len(text), device=text.device)
+    tokens, drawn, of_text = [], [], []
+    first: Drafted | None = None
     for position in range(1, text.shape[1]):
         state, logits = drafter.step(state, text[:, position - 1])
         if sampling.greedy:
@@ -257,17 +321,20 @@ def _follow(
         else:
             law = sampling.law(logits)
             column = draw(law, torch.rand(len(law), generator=generator, dtype=torch.float64))
-        token = column if drafter.vocabulary is None else drafter.vocabulary[column]
-        drafted, wanted = Drafted(position, column, logits, state, law), text[:, position]
+        token, wanted = column if drafter.vocabulary is None else drafter.vocabulary[column], text[:, position]
+        first = first or Drafted(position, column, logits, state, law)
         if law is None:
             q, q_text = torch.ones(len(token), device=token.device), (token == wanted).float()
         else:
             if drafter.vocabulary is not None:
                 law = law.new_zeros(len(law), vocab_size).index_copy_(1, drafter.vocabulary, law)
             q, q_text = law[row, token], law[row, wanted]
-        guess = drafted.probability.sqrt().float()
-        made.append(_Guess(law_features(drafted), state_of(drafted), guess, token, q, q_text))
-    return made
+        tokens.append(token)
+        drawn.append(q)
+        of_text.append(q_text)
+    assert first is not None
+    top = torch.cat([first.top[:, None].float(), reading(first, False)], -1)
+    return _Followed(top, state_of(first), tokens, drawn, of_text)
 
 
 class Calibration(NamedTuple):
@@ -283,19 +350,17 @@ class Fit(NamedTuple):
     head: AcceptanceHead
     head_score: Calibration
     constant: Calibration
-    """Of the mean acceptance of the drafts that were fitted to."""
-    bins: Calibration
-    """Of the bins that ``CostAware`` learns online without a head, having seen those drafts."""
+    """Of the mean acceptance at each position, in the drafts that were fitted to."""
     examples: int
-    """Tokens fitted to."""
+    """Drafts fitted to."""
     held_out: int
-    """Tokens measured on, of other prompts."""
+    """Drafts measured on, of other prompts."""
 
 
 @torch.enable_grad()
 def fit(
     examples: Examples,
-    steps: int = 1500,
+    steps: int = 2000,
     use_state: bool = True,
     held_out: float = 0.2,
     seed: int = 0,
@@ -305,11 +370,11 @@ def fit(
     """Fit a head to the first prompts and measure it on the last ones.
 
     An eighth of the prompts that are fitted to is only looked at: the weights of the step that foresees it best are
-    kept, be it those of the constant that the fit begins with.
+    kept, be it those of the constants that the fit begins with.
 
     Args:
         examples: from :func:`collect`.
-        steps: of AdamW, on batches of up to 1024 tokens.
+        steps: of AdamW, on batches of up to 1024 drafts.
         use_state: whether the head reads the drafter's state.
         held_out: share of the prompts, the last ones, that is only measured on.
         seed: of weights and batches.
@@ -326,53 +391,54 @@ def fit(
         )
     last = min(max(round((1 - held_out) * len(numbers)), 2), len(numbers) - 1)
     first = min(max(round(last * 7 / 8), 1), last - 1)
-    edges = numbers[first], numbers[last]
-    seen = examples.take(examples.prompts < edges[0])
-    watched = examples.take((examples.prompts >= edges[0]) & (examples.prompts < edges[1]))
-    new = examples.take(examples.prompts >= edges[1])
+    seen = examples.take(examples.prompts < numbers[first])
+    watched = examples.take((examples.prompts >= numbers[first]) & (examples.prompts < numbers[last]))
+    new = examples.take(examples.prompts >= numbers[last])
     g = torch.Generator().manual_seed(seed)
     read = seen.read(use_state)
     mean, scale = read.mean(0), read.std(0, correction=0).clamp(min=1e-3)
-    head = AcceptanceHead(read.shape[1] - FEATURES, generator=g).to(read.device)
+    head = AcceptanceHead(read.shape[1] - 1, examples.labels.shape[1], generator=g).to(read.device)
     read, compared = (read - mean) / scale, (watched.read(use_state) - mean) / scale
-    with torch.no_grad():  # it begins as the constant
-        head.layer_2.bias.fill_(float(seen.labels.double().mean().clamp(LEAST, 1 - LEAST).logit()))
+    # positions that were never reached are expected to be like a coin
+    shares = seen.labels.double().nanmean(0).nan_to_num(0.5).clamp(1e-3, 1 - 1e-3)
+    with torch.no_grad():  # it begins as the constants
+        head.layer_2.bias.copy_(shares.logit())
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
     best, kept = float("inf"), copy.deepcopy(head.state_dict())
     for step in range(steps + 1):
         if step % LOOK == 0 or step.bit_count() == 1 or step == steps:  # few examples are known by heart soon
             with torch.no_grad():
-                loss = float(F.binary_cross_entropy_with_logits(head(compared), watched.labels))
+                loss = float(_loss(head(compared), watched.labels))
             if loss < best:
                 best, kept = loss, copy.deepcopy(head.state_dict())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 - step / steps)
         rows = torch.randint(len(read), (min(1024, len(read)),), generator=g).to(read.device)
         optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(head(read[rows]), seen.labels[rows]).backward()  # type: ignore[no-untyped-call]
+        _loss(head(read[rows]), seen.labels[rows]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     head.load_state_dict(kept)
     with torch.no_grad():  # the head reads what decoding sees, as it is
         head.layer_1.weight.div_(scale)
         head.layer_1.bias.sub_(head.layer_1.weight @ mean)
     head.eval().requires_grad_(False)
-    forecast = Forecast(1, trust=10.0, memory=1e12)
-    for guess, label in zip(seen.guesses.tolist(), seen.labels.tolist(), strict=True):
-        forecast.count(bin_of(guess), label)
-    forecast.refresh()
-    bins = torch.tensor([forecast.chance[bin_of(guess)] for guess in new.guesses.tolist()]).to(new.labels)
     return Fit(
         head,
         calibration(head(new.read(use_state)).sigmoid(), new.labels),
-        calibration(seen.labels.mean().expand(len(new.labels)), new.labels),
-        calibration(bins, new.labels),
+        calibration(shares.expand(new.labels.shape), new.labels),
         len(seen.labels) + len(watched.labels),
         len(new.labels),
     )
 
 
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the drafts of the log losses of their tokens; of those whose turn came."""
+    came = ~labels.isnan()
+    return F.binary_cross_entropy_with_logits(logits[came], labels[came], reduction="sum") / len(labels)
+
+
 def calibration(chances: Tensor, labels: Tensor) -> Calibration:
-    """How far (N,) chances are from (N,) labels, themselves chances or 0 and 1."""
-    chances = chances.double().clamp(LEAST, 1 - LEAST)
-    labels = labels.double()
+    """How far chances are from labels of one shape, themselves chances or 0 and 1; labels of NaN do not count."""
+    came = ~labels.isnan()
+    chances, labels = chances[came].double().clamp(LEAST, 1 - LEAST), labels[came].double()
     return Calibration(float(F.binary_cross_entropy(chances, labels)), float(((chances - labels) ** 2).mean()))

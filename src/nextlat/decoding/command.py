@@ -65,6 +65,7 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
     """Continue one prompt and print what is new: text for text, token ids for token ids."""
     import torch
 
+    from nextlat.decoding.acceptance import Planned
     from nextlat.decoding.adaptive import CostAware
     from nextlat.decoding.generate import generate
     from nextlat.decoding.policies import Static
@@ -103,7 +104,8 @@ def generate_command(run: Path, request: Request, checkpoint: str, device: str |
         lm, costs = prepared(trained, drafter, context, sampling)
         print(costs.advice(longest_draft(drafter)), file=sys.stderr)
         head = fitted_acceptance(trained, request.temperature)
-        policy = CostAware(costs, longest_draft(drafter), head.estimator() if head is not None else None)
+        longest = longest_draft(drafter)
+        policy = CostAware(costs, longest) if head is None else Planned(costs, head, longest)
     elif drafter is not None:
         policy = Tree() if request.speculative == TREE else Static(read_length(request.speculative))
     counted = Statistics()
@@ -239,6 +241,7 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
 
     from rich.console import Console
 
+    from nextlat.decoding.acceptance import Planned
     from nextlat.decoding.adaptive import CostAware
     from nextlat.decoding.policies import Static
     from nextlat.decoding.sampling import Sampling
@@ -273,7 +276,7 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
     policies["adaptive"] = partial(CostAware, costs, longest)
     head = fitted_acceptance(trained, survey.temperature)
     if head is not None:
-        policies["learned"] = partial(CostAware, costs, longest, head.estimator())
+        policies["learned"] = partial(Planned, costs, head, longest)
     stop = () if task.end_token is None else (task.end_token,)
     print(f"{trained.config.objective} of {run} at step {trained.step}, temperature {survey.temperature:g}")
     print(f"{survey.prompts} prompts of each domain, one at a time, {new} new tokens")

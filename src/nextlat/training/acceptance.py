@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from nextlat.decoding.acceptance import FEATURES, AcceptanceHead, Fit, collect, fit
+from nextlat.decoding.acceptance import AcceptanceHead, Fit, collect, fit
 from nextlat.decoding.sampling import Sampling
 from nextlat.errors import NextLatError
 from nextlat.files import explained, write_bytes
@@ -22,7 +22,7 @@ from nextlat.training.build import stream
 from nextlat.training.trained import Trained
 
 ACCEPTANCE_STREAM = 3
-PROMPTS, LENGTH, STEPS = 512, 16, 1500
+PROMPTS, LENGTH, STEPS = 1024, 16, 2000
 """Texts that a head is fitted to, length of the drafts, and steps of the fit."""
 
 
@@ -158,7 +158,7 @@ def acceptance_head(trained: Trained, temperature: float | None = None) -> Accep
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
         hidden, width = weights["layer_1.weight"].shape
-        head = AcceptanceHead(width - FEATURES, hidden)
+        head = AcceptanceHead(width - 1, len(weights["layer_2.weight"]), hidden)
         head.load_state_dict(weights)
         step, fitted_at = about["model_step"], float(about["temperature"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError):
