@@ -207,7 +207,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None, mask: 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of every position to those up to itself; see :func:`attend` for shapes."""
     trained = torch.is_grad_enabled() and q.requires_grad and q.is_cpu and q.dtype.itemsize > 2
-    if trained and q.shape[1] <= _SHORT and not torch.compiler.is_compiling():
+    if trained and q.shape[1] <= _SHORT and q.numel() and not torch.compiler.is_compiling():
         short: Tensor = _ShortRows.apply(q, k, v)  # type: ignore[no-untyped-call]
         return short.flatten(2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
