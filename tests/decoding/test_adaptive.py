@@ -213,7 +213,7 @@ def test_rows_share_one_decision_and_rows_that_have_stopped_do_not_count() -> No
     ):
         laws = torch.tensor([[g, 1 - g] for g in guesses])
         columns = torch.zeros(len(guesses), dtype=torch.int64)
-        policy.estimator = lambda drafted: drafted.probability
+        policy.estimator = lambda drafted: drafted.probability.tolist()
         drafted = Drafted(1, columns, laws.log(), None, laws, None if going is None else torch.tensor(going))
         assert policy.goes_on(drafted) is goes
 

@@ -82,7 +82,7 @@ def reading(drafted: Drafted, with_state: bool) -> Tensor:
     """(B, 1 + D) or (B, 1) what a head reads of a token."""
     if not with_state:
         return drafted.law.amax(-1, keepdim=True).float().clamp(min=LEAST).log()
-    return torch.cat([drafted.top[:, None], drafted.state], -1).float()
+    return torch.cat([drafted.logits.amax(-1, keepdim=True), drafted.state], -1).float()
 
 
 class Planned(Static):
@@ -333,7 +333,7 @@ def _follow(
         drawn.append(q)
         of_text.append(q_text)
     assert first is not None
-    top = torch.cat([first.top[:, None].float(), reading(first, False)], -1)
+    top = torch.cat([first.logits.amax(-1, keepdim=True).float(), reading(first, False)], -1)
     return _Followed(top, state_of(first), tokens, drawn, of_text)
 
 

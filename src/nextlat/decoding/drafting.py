@@ -37,13 +37,6 @@ class Drafted:
     """(B, V) the law that the token was drawn from; ``None`` at temperature 0."""
     going: Tensor | None = None
     """(B,) bool rows that drafted it; the others had stopped before, and it is not verified. ``None``: all."""
-    largest: Tensor | None = None
-    """(B,) the largest logit, where it came with the token."""
-
-    @cached_property
-    def top(self) -> Tensor:
-        """(B,) the largest logit."""
-        return self.logits.amax(-1) if self.largest is None else self.largest
 
     @cached_property
     def law(self) -> Tensor:
@@ -106,14 +99,14 @@ def draft(
     for position in range(1, longest + 1):
         state, logits = drafter.step(state, token)
         law = None if sampling.greedy else sampling.law(logits)
-        largest, column = logits.max(-1) if law is None else (None, draw(law, uniform(len(law))))
+        column = logits.argmax(-1) if law is None else draw(law, uniform(len(law)))
         token = column if vocabulary is None else vocabulary[column]
         tokens.append(token)
         if law is not None:
             laws.append(
                 law if vocabulary is None else law.new_zeros(len(law), vocab_size).index_copy_(1, vocabulary, law)
             )
-        decision = policy.goes_on(Drafted(position, column, logits, state, law, going, largest))
+        decision = policy.goes_on(Drafted(position, column, logits, state, law, going))
         if isinstance(decision, Tensor):
             ends = [end if on else min(end, position) for end, on in zip(ends, decision.tolist(), strict=True)]
         elif not decision:
