@@ -162,6 +162,10 @@ def test_drafts_that_do_not_pay_are_given_up_and_tried_again() -> None:
     assert sum(made[60:192]) == 4  # one in 33 rounds
     assert all(made[-60:])  # noticed again
     assert policy.rate > 1.2
+    # what was gained and lost long ago does not hide that drafts pay again
+    for _ in range(2000):
+        policy.learn([int(policy.starts())], [0])
+    assert all(played(policy, kept_from=0, rounds=200)[-20:])
     with pytest.raises(NextLatError, match="memory is 1 rounds"):
         Planned(STAIRS, Foreseen([[0.5]]), memory=1)  # type: ignore[arg-type]
 
