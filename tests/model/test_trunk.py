@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nextlat.batch import Batch
 from nextlat.errors import NextLatError
 from nextlat.model import Transformer
-from nextlat.model.norm import RMSNorm
+from nextlat.model.norm import RMSNorm, normed_products
 from nextlat.model.rotary import rotary_angles, rotary_turns, rotate, rotated
 from nextlat.model.trunk import feed_forward_width, init_normal
 from nextlat.objectives.gpt import GPT
@@ -82,6 +82,41 @@ def test_rms_norm_has_the_gradients_of_its_definition(shape: tuple[int, ...]) ->
     torch.testing.assert_close(norm(u), plain, rtol=1e-12, atol=1e-14)
 
 
+def stream_and_weights(shape: tuple[int, ...]) -> list[Tensor]:
+    """A stream, a gain and two matrices that read its norm."""
+    shapes = [shape, (5,), (3, 5), (5, 5)]
+    return [
+        torch.randn(s, generator=seeded(n), dtype=torch.float64).requires_grad_() for n, s in enumerate(shapes, start=7)
+    ]
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (2, 0, 5)])
+def test_products_of_the_normed_stream_have_the_gradients_of_their_definition(shape: tuple[int, ...]) -> None:
+    inputs = stream_and_weights(shape)
+    u, gain, *weights = inputs
+    norm = gain * u * (u.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    expected = (u * 1, *(norm @ weight.T for weight in weights))
+    found = normed_products(u, gain, weights)
+    upstream = [torch.randn(x.shape, generator=seeded(n), dtype=torch.float64) for n, x in enumerate(expected)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+    ours, theirs = (torch.autograd.grad(made, inputs, upstream) for made in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+def test_products_of_the_normed_stream_make_no_gradients_of_frozen_weights() -> None:
+    inputs = stream_and_weights((4, 5))
+    wanted = torch.autograd.grad(sum(x.sum() for x in normed_products(inputs[0], inputs[1], inputs[2:])), inputs)
+    for frozen in range(1, 4):
+        for number, x in enumerate(inputs):
+            x.requires_grad_(number != frozen).grad = None
+        sum(x.sum() for x in normed_products(inputs[0], inputs[1], inputs[2:])).backward()  # type: ignore[union-attr]
+        for number, x in enumerate(inputs):
+            assert (x.grad is None) == (number == frozen)
+            assert x.grad is None or torch.equal(x.grad, wanted[number])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rms_norm_of_half_precision_squares_in_fp32(dtype: torch.dtype) -> None:
     # 300^2 overflows fp16
@@ -139,35 +174,59 @@ def test_complex_turns_are_the_same_rotation_in_another_order(wrapped: bool) -> 
             torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def biased(layer: nn.Linear) -> None:
+def biased(layer: nn.Module) -> None:
+    assert isinstance(layer, nn.Linear)
     layer.bias = nn.Parameter(torch.linspace(-3, 3, layer.out_features, dtype=torch.float64))
 
 
-def hooked(layer: nn.Linear) -> None:
-    layer.register_forward_hook(lambda module, inputs, made: 3 * made)
+def hooked(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda module, inputs, made: 3 * made + 1)
 
 
-def prepared(layer: nn.Linear) -> None:
-    layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] - 1,))
+def prepared(layer: nn.Module) -> None:
+    layer.register_forward_pre_hook(lambda module, inputs: (inputs[0].cumsum(-1) - 1,))
 
 
-def replaced(layer: nn.Linear) -> None:
-    layer.forward = lambda u: u.flip(-1)  # type: ignore[method-assign]
+def replaced(layer: nn.Module) -> None:
+    made = layer.forward
+    layer.forward = lambda u: made(u).flip(-1)
 
 
-@pytest.mark.parametrize("change", [None, biased, hooked, prepared, replaced])
-def test_passes_with_and_without_gradients_agree(change: Callable[[nn.Linear], None] | None) -> None:
-    # only the former turn by complex numbers
+READ_BY_PRODUCTS = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "post_attention_layernorm",
+    "mlp",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+)
+"""Modules of a block that are read, not called, where gradients are made on a CPU."""
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (None, "mlp"),
+        *((biased, name) for name in READ_BY_PRODUCTS if name.endswith("proj")),
+        *((change, name) for change in (hooked, prepared, replaced) for name in READ_BY_PRODUCTS),
+    ],
+)
+def test_passes_with_and_without_gradients_agree(change: Callable[[nn.Module], None] | None, name: str) -> None:
+    # only the former turn by complex numbers, and make all products of a norm together
     model, tokens = trunk(), random_tokens(2, 9)
-    if change is not None:
-        change(model.layers[1].self_attn.q_proj)  # type: ignore[union-attr, arg-type]
     documents = torch.tensor([[0] * 4 + [1] * 5, [0] * 8 + [-1]])
+    unchanged = model.hidden_states(tokens, documents).detach()
+    if change is not None:
+        change(model.layers[1].get_submodule(name))  # type: ignore[union-attr]
     recorded = model.hidden_states(tokens, documents)
     assert torch.is_complex(model.context(tokens).angles[0])
     with torch.no_grad():
         assert not torch.is_complex(model.context(tokens).angles[0])
         plain = model.hidden_states(tokens, documents)
     torch.testing.assert_close(recorded.detach(), plain, rtol=0, atol=1e-12)
+    assert (change is None) == torch.allclose(plain, unchanged, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])

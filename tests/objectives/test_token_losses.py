@@ -89,7 +89,8 @@ def test_fp32_gradients_agree_with_float64(noise: float, vocab: int) -> None:
     exact = wider(given)
     kinds: Sequence[Kind] = ("kl", "aux_ce")
     expected, found = plain_token_losses(*exact, kinds=kinds), token_losses(*given, kinds=kinds, block=256)
-    torch.testing.assert_close(found.double(), expected, rtol=5e-6, atol=0)
+    # a KL is made of numbers near 10, which are rounded at 5e-7, differently by every processor: 700 rows add up
+    torch.testing.assert_close(found.double(), expected, rtol=5e-6, atol=5e-5)
     for one, two in zip(gradients(found, given), gradients(expected, exact), strict=True):
         assert float((one.double() - two).norm() / two.norm()) < 1e-5
 

@@ -1,7 +1,8 @@
-"""Root-mean-square norm."""
+"""Root-mean-square norm, alone and with the products that read it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,11 +49,18 @@ def _normed(u: Tensor, gain: Tensor) -> Tensor:
     return normed.mul_(gain)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """The same in half the time on a CPU, where torch has no fused kernel.
+def _pulled(g: Tensor, u: Tensor, rate: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 1) factors of u in the gradient of a norm's input, and (D,) gradient of its gain.
 
-    With ``r = 1 / sqrt(mean(u^2) + eps)`` the gradient of the input is ``r (g w - u r^2 mean(g w u))``.
+    With ``r = 1 / sqrt(mean(u^2) + eps)`` the former gradient is ``r g w - u r^3 mean(g w u)``.
     """
+    product = g * u
+    pull = (product @ gain)[:, None].mul_(rate.pow(3)).div_(-u.shape[-1])
+    return pull, rate[:, 0] @ product  # a matrix-vector product is faster than a sum over rows
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The same in half the time on a CPU, where torch has no fused kernel."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, gain: Tensor) -> Tensor:
@@ -66,7 +74,46 @@ class _RMSNorm(torch.autograd.Function):
         u, rate, gain = ctx.saved_tensors
         flat, rate = u.reshape(-1, u.shape[-1]), rate.reshape(-1, 1)
         g = upstream.reshape(flat.shape)
-        product = g * flat
-        pull = (product @ gain)[:, None] * rate.square() / -flat.shape[-1]
-        d_gain = rate[:, 0] @ product  # a matrix-vector product is faster than a sum over rows
-        return torch.addcmul(g * gain, flat, pull).mul_(rate).view_as(upstream), d_gain
+        pull, d_gain = _pulled(g, flat, rate, gain)
+        return (g * gain).mul_(rate).addcmul_(flat, pull).view_as(upstream), d_gain
+
+
+def normed_products(u: Tensor, gain: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The stream, to go on with, and what matrices make of its norm, in fp32 or fp64 on a CPU.
+
+    The gradients of all that reads the stream are summed by the products that make them and by the norm's own
+    backward pass, which saves a pass over memory for each.
+
+    Args:
+        u: (..., D) residual stream.
+        gain: (D,) of the norm.
+        weights: (D', D) each.
+
+    Returns:
+        ``u`` and an (..., D') product for each of ``weights``.
+    """
+    return _NormedProducts.apply(u, gain, *weights)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _NormedProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, gain: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        flat = u.reshape(-1, u.shape[-1])
+        rate = _rate(flat)
+        x = (flat * rate).mul_(gain)
+        ctx.save_for_backward(flat, rate, gain, x, *weights)
+        return u, *((x @ weight.T).view(*u.shape[:-1], len(weight)) for weight in weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_u: Tensor, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        flat, rate, gain, x, *weights = ctx.saved_tensors
+        d_weights: list[Tensor | None] = []
+        g = torch.empty_like(flat)
+        for number, (d_made, weight) in enumerate(zip(upstream, weights, strict=True)):
+            d_made = d_made.reshape(-1, d_made.shape[-1])
+            d_weights.append(d_made.T @ x if ctx.needs_input_grad[2 + number] else None)
+            g.addmm_(d_made, weight, beta=min(number, 1))
+        pull, d_gain = _pulled(g, flat, rate, gain)
+        total = torch.addcmul(d_u.reshape(flat.shape), g.mul_(gain), rate).addcmul_(flat, pull)
+        return total.view_as(d_u), d_gain, *d_weights

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROPE_BASE = 10_000.0
@@ -53,26 +52,29 @@ def rotate(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotated(projection: nn.Module, u: Tensor, n_heads: int, angles: Angles) -> Tensor:
     """Project (B, T, D) states into heads and rotate them, (B, T, n_heads, head_width).
 
-    With complex turns the entries of a head come out as neighbours, (0, half, 1, half + 1, ...): one product of
-    complex numbers then does in a third of the time what two products, a sum and a shifted copy do. Scores do not
-    depend on the order of entries, as long as queries and keys share it.
+    With complex turns the entries of a head come out in the order of :func:`turned`.
     """
     if len(angles) == 2:
         return rotate(projection(u).unflatten(-1, (n_heads, -1)), *angles)
     (turn,) = angles
-    half = turn.shape[-1]
-    if isinstance(projection, nn.Linear) and _only_a_product(projection):
-        # reordering its rows is cheaper than reordering what it makes
-        weight: Tensor = projection.weight
-        rows = weight.view(n_heads, 2, half, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        pairs = F.linear(u, rows).view(*u.shape[:-1], n_heads, half, 2)
-    else:
-        made: Tensor = projection(u)
-        pairs = made.view(*u.shape[:-1], n_heads, 2, half).transpose(-1, -2).contiguous()
+    return turned(projection(u).unflatten(-1, (n_heads, 2, -1)).transpose(-1, -2).flatten(-3), turn)
+
+
+def turned(made: Tensor, turn: Tensor) -> Tensor:
+    """Rotate (B, T, D) projections of :func:`neighbours`, (B, T, n_heads, head_width).
+
+    The entries of a head come as (0, half, 1, half + 1, ...): one product of complex numbers then does in a third of
+    the time what two products, a sum and a shifted copy do. Scores do not depend on the order of entries, as long as
+    queries and keys share it.
+    """
+    pairs = made.view(*made.shape[:-1], *turn.shape[-2:], 2)
     return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
 
 
-def _only_a_product(layer: nn.Linear) -> bool:
-    """Whether calling a layer does nothing but multiply by its weight: no bias, no hook, nothing put in its place."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and layer.bias is None and "forward" not in vars(layer) and not any(hooks)
+def neighbours(weight: Tensor, n_heads: int) -> Tensor:
+    """The rows of a (D, D) projection in an order that makes neighbours of what is rotated together.
+
+    It is cheaper to reorder them than what they make.
+    """
+    half = weight.shape[0] // n_heads // 2
+    return weight.view(n_heads, 2, half, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

@@ -18,8 +18,8 @@ from nextlat.errors import NextLatError
 from nextlat.model.attention import Layout, attend, document_layout
 from nextlat.model.cache import Cache
 from nextlat.model.interfaces import LMOutput, states_at
-from nextlat.model.norm import RMSNorm
-from nextlat.model.rotary import Angles, rotary_angles, rotary_turns, rotated
+from nextlat.model.norm import RMSNorm, normed_products
+from nextlat.model.rotary import Angles, neighbours, rotary_angles, rotary_turns, rotated, turned
 
 INIT_STD = 0.02
 
@@ -78,8 +78,37 @@ class FeedForward(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(u)) * self.up_proj(u))
+        return self.behind(self.gate_proj(u), self.up_proj(u))
+
+    def behind(self, gate: Tensor, up: Tensor) -> Tensor:
+        """(..., D) of both products, (..., inner)."""
+        out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
+
+
+BUILT_OF = {RMSNorm, nn.Linear, FeedForward}
+"""What :func:`untouched` knows."""
+
+
+def own_gradients(u: Tensor) -> bool:
+    """Whether functions with a backward pass of their own save time on a tensor: gradients are made, on a CPU.
+
+    Compilers write such passes themselves, and half precision wants its conversions.
+    """
+    wide = u.is_cpu and u.dtype.itemsize > 2 and not torch.is_autocast_enabled("cpu")
+    return wide and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def untouched(*modules: nn.Module) -> bool:
+    """Whether calling modules does what their class says and no more: no bias, no hook, nothing put in their place."""
+    return all(
+        type(module) in BUILT_OF
+        and getattr(module, "bias", None) is None
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        for module in modules
+    )
 
 
 class Block(nn.Module):
@@ -96,15 +125,30 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(width)
         self.mlp = FeedForward(width, feed_forward_width(width))
 
-    def project(self, u: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values, (B, T, n_heads, head_width) each, of the (B, T, D) stream."""
-        x = self.input_layernorm(u)
-        return self.self_attn.queries(x, angles), *self.self_attn.keys_values(x, angles)
+    def project(self, u: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The (B, T, D) stream to go on with, and of it rotated queries and keys, and values.
+
+        These are (B, T, n_heads, head_width) each.
+        """
+        norm, attention = self.input_layernorm, self.self_attn
+        layers = attention.q_proj, attention.k_proj, attention.v_proj
+        if own_gradients(u) and len(angles) == 1 and untouched(norm, *layers):
+            (turn,) = angles
+            rows = [neighbours(layer.weight, attention.n_heads) for layer in layers[:2]]
+            u, q, k, v = normed_products(u, norm.weight, (*rows, layers[2].weight))
+            q, k = turned(q, turn), turned(k, turn)
+            return u, q, k, v.view_as(k)
+        x = norm(u)
+        return u, attention.queries(x, angles), *attention.keys_values(x, angles)
 
     def mix(self, u: Tensor, attended: Tensor) -> Tensor:
         """The stream behind the block, from the (B, T, D) stream before it and what its heads attended to."""
         u = u + self.self_attn.o_proj(attended)
-        out: Tensor = u + self.mlp(self.post_attention_layernorm(u))
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        if own_gradients(u) and untouched(norm, mlp, mlp.gate_proj, mlp.up_proj):
+            u, gate, up = normed_products(u, norm.weight, (mlp.gate_proj.weight, mlp.up_proj.weight))
+            return u + mlp.behind(gate, up)
+        out: Tensor = u + mlp(norm(u))
         return out
 
     def forward(
@@ -117,7 +161,7 @@ class Block(nn.Module):
         layer: int,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        q, k, v = self.project(u, *angles)
+        u, q, k, v = self.project(u, *angles)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         return self.mix(u, attend(q, k, v, layout, mask))
@@ -236,9 +280,7 @@ class Transformer(nn.Module):
 
     def _turns_pay(self) -> bool:
         """Complex numbers save their time on a CPU and in the backward pass, and know no bf16."""
-        weight = self.embed_tokens.weight
-        wide = weight.device.type == "cpu" and weight.dtype.itemsize > 2 and not torch.is_autocast_enabled("cpu")
-        return self.complex_turns and wide and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return self.complex_turns and own_gradients(self.embed_tokens.weight)
 
     def hidden_states(
         self,

@@ -54,7 +54,7 @@ class Head(nn.Module):
         keys, values = (part.transpose(1, 2) for part in cache.of_head(number))  # (B, capacity, n_heads, head_width)
         shared = cache.shared[0, :, 0][where]
         # queries of all these positions: mostly two or three, and one product more costs less than cutting angles
-        queries, keys[where], values[where] = self.block.project(shared, *(part[places] for part in cache.angles))
+        _, queries, keys[where], values[where] = self.block.project(shared, *(part[places] for part in cache.angles))
         stop, mask = max(ends), None
         if isinstance(rows, Tensor):
             mask = torch.arange(stop, device=rows.device) < torch.tensor(ends, device=rows.device)[:, None]
