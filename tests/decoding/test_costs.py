@@ -11,7 +11,8 @@ from torch import Tensor
 
 import nextlat.decoding.costs as module
 from nextlat.decoding import Sampling
-from nextlat.decoding.costs import Costs, expected_tokens, measure_costs
+from nextlat.decoding.cheap import cheaper
+from nextlat.decoding.costs import Costs, expected_tokens, measure_costs, parts_of_rounds, priced
 from nextlat.errors import NextLatError
 from nextlat.objectives import MTP
 from nextlat.timing import Timing
@@ -218,3 +219,47 @@ def test_costs_of_a_drafter_with_a_horizon_and_real_clock() -> None:
     assert list(costs.verify) == [1, 2]
     with pytest.raises(NextLatError, match="rows=0"):
         measure_costs(objective.as_lm(), objective.drafter(), 0, 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_parts_of_rounds_stand_behind_one_context_and_drafts_behind_a_call(rows: int) -> None:
+    objective, made = trained(), list[tuple[str, Any]]()
+    lm, drafter = objective.as_lm(), cheaper(objective.drafter(), torch.tensor([2, 3, 5, 7]))  # type: ignore[arg-type]
+    fed, proposed = list[list[int]](), list[list[int]]()
+
+    class WatchedLM:
+        def __call__(self, tokens: Tensor, cache: Any) -> Any:
+            assert torch.is_inference_mode_enabled()
+            made.append(("call", (tuple(tokens.shape), cache.lengths)))
+            return lm(tokens, cache=cache)
+
+        new_cache = staticmethod(lm.new_cache)
+
+    class WatchedDrafter:
+        max_length, vocabulary, observe = None, drafter.vocabulary, staticmethod(drafter.observe)
+
+        def step(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+            made.append(("draft", len(token)))
+            state, logits = drafter.step(state, token)
+            fed.append(token.tolist())
+            proposed.append(self.vocabulary[logits.argmax(-1)].tolist())
+            return state, logits
+
+    arms = parts_of_rounds(WatchedLM(), WatchedDrafter(), 4, rows, 6, 3)  # type: ignore[arg-type]
+    step, call = (("call", ((rows, count), [6] * rows)) for count in (1, 5))
+    assert made == [("call", ((rows, 6), [0] * rows))]
+    for name, part in (("step", [step]), ("call", [call]), ("round", [call, *[("draft", rows)] * 4]), ("step", [step])):
+        made.clear()
+        arms[name]()
+        assert made == part * 3
+    # a draft begins behind the same known token, and goes on with its own
+    assert fed == [[0] * rows, *proposed[:3]] * 3
+    assert proposed[:4] * 3 == proposed
+
+
+def test_prices_of_a_round_are_what_its_parts_took() -> None:
+    found = {name: Timing((took,) * 3, (took,) * 3) for name, took in {"step": 2.0, "call": 3.0, "round": 4.0}.items()}
+    costs = Costs(0.9, {1: 1.0, 2: 1.1, 5: 7.0, 9: 8.0}, overhead=0.5)
+    assert priced(costs, found, 4) == Costs(1.0 / 4 / 2, {1: 1.0, 2: 1.1, 5: 1.5, 9: 8.0})
+    assert priced(costs, found, 0) == Costs(0.9, costs.verify)
+    assert priced(costs, {**found, "round": found["step"]}, 4).draft == 0  # noise makes no draft cheaper than nothing

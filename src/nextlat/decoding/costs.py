@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 from nextlat.decoding.policies import Static, check_length
 from nextlat.decoding.rounds import Setting, play_chain
 from nextlat.decoding.sampling import Sampling, draw
-from nextlat.decoding.verification import find_verification
+from nextlat.decoding.verification import Verification, find_verification
 from nextlat.errors import NextLatError
-from nextlat.model.interfaces import CausalLM, Drafter
-from nextlat.timing import Arm, interleave, seconds
+from nextlat.model.interfaces import CausalLM, Drafter, LMOutput
+from nextlat.timing import Arm, Timing, interleave, seconds
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 LONGEST = 32
@@ -142,6 +143,100 @@ def expected_tokens(acceptance: float | Sequence[float], length: int) -> float:
     return tokens
 
 
+class Midway:
+    """The middle of a text, at which calls, drafts and rounds can be made again and again, as decoding makes them.
+
+    Args:
+        lm: the model.
+        drafter: what drafts.
+        rows: decoded together.
+        context: positions in the cache.
+        room: most positions that are added to them.
+        sampling: how tokens are drawn.
+        judge: which drafted tokens are kept.
+        device: of the model.
+    """
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        drafter: Drafter,
+        rows: int,
+        context: int,
+        room: int,
+        sampling: Sampling,
+        judge: Verification,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.lm, self.drafter, self.sampling, self.judge, self.device = lm, drafter, sampling, judge, device
+        self.rows, self.context = rows, context
+        self.state: Any = None
+        """The drafter's, behind the call that it observed last."""
+        self.coins = even(rows)
+        self.cache = lm.new_cache(rows, context + room)
+        self.vocab_size = lm(self.tokens(context), cache=self.cache).logits.shape[-1]
+        self.go_back()
+
+    def tokens(self, count: int) -> Tensor:
+        """(B, count) of them."""
+        return torch.zeros(self.rows, count, dtype=torch.int64, device=self.device)
+
+    def go_back(self) -> None:
+        """To the context."""
+        self.cache.lengths = [self.context] * self.rows
+
+    def call(self, count: int) -> LMOutput:
+        """Over positions behind the context: a known token and a draft, which is judged; one token more is drawn."""
+        self.go_back()
+        output = self.lm(self.tokens(count), cache=self.cache)
+        if self.sampling.greedy:
+            output.logits.argmax(-1).tolist()  # waits for a GPU
+            return output
+        p = self.sampling.law(output.logits)
+        law = p[:, 0]
+        if count > 1:
+            drafted = torch.full((self.rows,), count - 1, device=self.device)
+            coins = self.coins.to(p)[:, None].expand(-1, count - 1)
+            law = self.judge(p, p[:, 1:], self.tokens(count - 1), drafted, coins).law
+        draw(law, self.coins)
+        return output
+
+    def verify(self, count: int) -> None:
+        """A call of which nothing is left."""
+        self.call(count)
+        self.go_back()
+
+    def observe(self, count: int) -> None:
+        """A call of which all is kept, and the drafter's state behind it."""
+        self.state = self.drafter.observe(self.call(count), torch.full((self.rows,), count - 1, device=self.device))
+
+    def draft(self, length: int) -> None:
+        """Draft behind what was observed, which is then forgotten."""
+        state, token, vocabulary = self.state, self.tokens(1)[:, 0], self.drafter.vocabulary
+        for _ in range(length):
+            state, logits = self.drafter.step(state, token)
+            column = logits.argmax(-1) if self.sampling.greedy else draw(self.sampling.law(logits), self.coins)
+            token = column if vocabulary is None else vocabulary[column]
+        token.tolist()
+        self.go_back()
+
+    def play(self, length: int | None) -> None:
+        """A round behind the one before, with a draft of a length; ``None`` is without a drafter."""
+        drafter = None if length is None else self.drafter
+        setting = Setting(self.lm, drafter, self.cache, self.sampling, even, self.vocab_size)
+        begins, room = list(self.cache.lengths), torch.full((self.rows,), length or 0, device=self.device)
+        made = play_chain(setting, Static(length or 0), self.judge, self.state, self.tokens(1)[:, 0], room)
+        if drafter is not None:
+            self.state = drafter.observe(made.output, made.path.gather(1, made.accepted[:, None])[:, 0])
+        places = [one[: n + 1] for one, n in zip(made.path.tolist(), made.accepted.tolist(), strict=True)]
+        self.cache.keep(places, begins)
+
+
+def even(*shape: int) -> Tensor:
+    """Draws of which none is lucky."""
+    return torch.full(shape, 0.5, dtype=torch.float64)
+
+
 @torch.inference_mode()
 def measure_costs(
     lm: CausalLM,
@@ -185,67 +280,13 @@ def measure_costs(
     steps = DRAFT_STEPS if drafter.max_length is None else max(1, min(DRAFT_STEPS, drafter.max_length - 1))
     drafts = sorted({1, steps})
     # rounds stand behind each other: two known positions, and all that each may add
-    cache = lm.new_cache(rows, context + max(counts[-1], 3 + sum(n + 1 for n in drafts)))
-
-    def tokens(count: int) -> Tensor:
-        return torch.zeros(rows, count, dtype=torch.int64, device=device)
-
-    state: Any = None
-    coins = torch.full((rows,), 0.5, dtype=torch.float64)
-    vocab_size = lm(tokens(context), cache=cache).logits.shape[-1]
-    cache.lengths = [context] * rows
-
-    def verify(count: int) -> None:
-        output = lm(tokens(count), cache=cache)
-        cache.lengths = [context] * rows
-        if sampling.greedy:
-            output.logits.argmax(-1).tolist()  # waits for a GPU
-            return
-        p = sampling.law(output.logits)
-        law = p[:, 0]
-        if count > 1:
-            drafted = torch.full((rows,), count - 1, device=device)
-            law = judge(p, p[:, 1:], tokens(count - 1), drafted, coins.to(p)[:, None].expand(-1, count - 1)).law
-        draw(law, coins)
-
-    def even(*shape: int) -> Tensor:
-        return torch.full(shape, 0.5, dtype=torch.float64)
-
-    def play(length: int | None) -> None:
-        nonlocal state
-        setting = Setting(lm, None if length is None else drafter, cache, sampling, even, vocab_size)
-        begins, room = list(cache.lengths), torch.full((rows,), length or 0, device=device)
-        made = play_chain(setting, Static(length or 0), judge, state, tokens(1)[:, 0], room)
-        if length is not None:
-            state = drafter.observe(made.output, made.path.gather(1, made.accepted[:, None])[:, 0])
-        places = [one[: n + 1] for one, n in zip(made.path.tolist(), made.accepted.tolist(), strict=True)]
-        cache.keep(places, begins)
-
-    def renew() -> None:
-        nonlocal state
-        cache.lengths = [context] * rows
-        output = lm(tokens(2), cache=cache)
-        state = drafter.observe(output, torch.ones(rows, dtype=torch.int64, device=device))
-
-    def draft() -> None:
-        now, token = state, tokens(1)[:, 0]
-        for _ in range(steps):
-            now, logits = drafter.step(now, token)
-            column = logits.argmax(-1) if sampling.greedy else draw(sampling.law(logits), coins)
-            token = column if drafter.vocabulary is None else drafter.vocabulary[column]
-        token.tolist()
-        cache.lengths = [context] * rows
-
-    def round_of(length: int | None) -> Arm:
-        return lambda: play(length)
-
-    def arm(count: int) -> Arm:
-        return lambda: verify(count)
-
+    room = max(counts[-1], 3 + sum(n + 1 for n in drafts))
+    midway = Midway(lm, drafter, rows, context, room, sampling, judge, device)
     # each of the rounds, and the draft, begins with the state that the arm before it has left
-    arms: dict[str, Arm] = {str(count): arm(count) for count in counts}
-    arms |= {"plain round": round_of(None), "renew": renew}
-    arms |= {f"round of {length}": round_of(length) for length in drafts} | {"draft": draft}
+    arms: dict[str, Arm] = {str(count): partial(midway.verify, count) for count in counts}
+    arms |= {"plain round": partial(midway.play, None), "renew": partial(midway.observe, 2)}
+    arms |= {f"round of {length}": partial(midway.play, length) for length in drafts}
+    arms |= {"draft": partial(midway.draft, steps)}
     trial = interleave(arms, 1)
     turns = int(budget / max(sum(t.wall[0] for t in trial.values()), 1e-9))
     found = {name: seconds(timing) for name, timing in interleave(arms, min(max(turns, 3), 25), 0).items()}
@@ -253,3 +294,57 @@ def measure_costs(
     bare = Costs(found["draft"] / steps / step, {count: found[str(count)] / step for count in counts})
     beyond = [found[f"round of {n}"] / found["plain round"] - bare.round(n) for n in drafts]
     return replace(bare, overhead=max(sum(beyond) / len(beyond), 0.0))
+
+
+@torch.inference_mode()
+def parts_of_rounds(
+    lm: CausalLM, drafter: Drafter, length: int, rows: int, context: int, repeats: int
+) -> dict[str, Arm]:
+    """What greedy rounds with drafts of a length are made of, as arms to time in turn with whole texts.
+
+    Args:
+        lm: the model.
+        drafter: what drafts.
+        length: tokens of a draft.
+        rows: decoded together.
+        context: positions in the cache.
+        repeats: of the part within its arm, so that the arm takes about as long as those that it is timed with.
+
+    Returns:
+        ``step``, plain ones; ``call``, over the positions of a draft and the one before it; ``round``, such calls with
+        a draft behind each, for which the drafter observes the call. What they took is for :func:`priced`.
+    """
+    midway = Midway(lm, drafter, rows, context, length + 1, Sampling(), find_verification("block"))
+
+    def again(part: Arm) -> Arm:
+        @torch.inference_mode()  # as decoding has it, whoever runs the arm
+        def arm() -> None:
+            for _ in range(repeats):
+                part()
+
+        return arm
+
+    def round_() -> None:
+        midway.observe(length + 1)
+        midway.draft(length)
+
+    step, call = (partial(midway.verify, count) for count in (1, length + 1))
+    return {"step": again(step), "call": again(call), "round": again(round_)}
+
+
+def priced(costs: Costs, found: Mapping[str, Timing], length: int) -> Costs:
+    """Costs in which the prices of rounds with drafts of a length are those that :func:`parts_of_rounds` found.
+
+    A draft costs what it adds to calls: its own time, and what the next call loses by finding other weights in the
+    processor's caches. There is no overhead.
+
+    Args:
+        costs: for calls over other numbers of positions.
+        found: what the parts took, beside anything else.
+        length: of the drafts; a round of 0 has no price but that of a step, which is 1.
+    """
+    if not length:
+        return replace(costs, overhead=0.0)
+    step, call, whole = (seconds(found[part]) for part in ("step", "call", "round"))
+    draft = max(whole - call, 0.0) / length / step
+    return replace(costs, draft=draft, verify={**costs.verify, length + 1: call / step}, overhead=0.0)

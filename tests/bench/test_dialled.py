@@ -1,0 +1,68 @@
+"""The limit of dialled drafts is made of prices that are timed in turn with the texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from nextlat.bench import decode
+from nextlat.decoding.costs import Costs
+from nextlat.decoding.packed import Packed
+from nextlat.timing import Timing
+
+TOOK = {"plain": 30.0, "packed": 24.0, "drafted": 9.0, "step": 2.0, "call": 3.0, "round": 3.9}
+BEFOREHAND = Costs(0.05, {1: 1.0, 2: 1.1, 4: 1.2, 5: 9.0, 17: 99.0}, overhead=0.3)
+"""Three tokens are drafted where all are kept."""
+CONTEXT, NEW = 6, 27
+LIMIT = 26 / (6 * (3.0 / 2.0 + 3 * 0.15) + (1.1 + 0.15))
+"""After the first token six rounds of 3 drafts and one of 1, for which there is room: of the call over 2 positions only
+the price beforehand is known."""
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """All drafts are kept, every arm runs once and takes known seconds; returns the calls of packed weights by arm."""
+    found: dict[str, list[Any]] = {}
+    call, arm_of = Packed.__call__, [""]
+
+    def watched(self: Packed, tokens: Tensor, *args: Any, cache: Any, **options: Any) -> Any:
+        found.setdefault(arm_of[0], []).append((tuple(tokens.shape), cache.lengths))
+        return call(self, tokens, *args, cache=cache, **options)
+
+    def interleave(arms: Any, repetitions: int) -> dict[str, Timing]:
+        for arm_of[0], arm in arms.items():
+            arm()
+        return {name: Timing((TOOK[name],) * repetitions, (TOOK[name],) * repetitions) for name in arms}
+
+    monkeypatch.setattr(Packed, "__call__", watched)
+    monkeypatch.setattr(decode, "interleave", interleave)
+    monkeypatch.setattr(decode, "measure_costs", lambda *args, **options: BEFOREHAND)
+    monkeypatch.setattr(decode, "SPEEDUPS", {1.0: 5.0})
+    monkeypatch.setattr(decode, "BATCH_ACCEPTANCE", 1.0)
+    return found
+
+
+def check_parts(calls: dict[str, list[Any]], rows: int) -> None:
+    """Three repeats of each, in the middle of the text, over one position or over a draft and one."""
+    step, call = (((rows, count), [CONTEXT + NEW // 2] * rows) for count in (1, 4))
+    assert [calls[part] for part in ("step", "call", "round")] == [[step] * 3, [call] * 3, [call] * 3]
+
+
+def test_the_limit_of_dialled_drafts_is_that_of_prices_timed_with_them(calls: dict[str, list[Any]]) -> None:
+    found = {made.name: made for made in decode.dialled(decode.TINY, CONTEXT, NEW, 3)}
+    check_parts(calls, 1)
+    assert found["decoding, acceptance 1.0: plain / drafted"].limit == pytest.approx(LIMIT)
+    share = found["share of the bound reached, acceptance 1.0"]
+    assert share.value == pytest.approx((24 / 9) / LIMIT)
+    assert "timed in turn" in share.note
+    # what is measured beforehand is printed as before
+    assert found["draft step / cached step"].value == 0.05
+    assert found["verifying 4 positions / one"].value == 1.2
+
+
+def test_the_limit_of_rows_is_that_of_prices_timed_with_all_of_them(calls: dict[str, list[Any]]) -> None:
+    (made,) = decode.batched(decode.TINY, CONTEXT, NEW, 3)
+    check_parts(calls, decode.BATCH)
+    assert made.limit == pytest.approx(LIMIT)
