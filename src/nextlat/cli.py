@@ -192,16 +192,17 @@ def fit_dynamics(
 def fit_acceptance(
     run: Annotated[Path, typer.Argument(help="A run directory of nextlat, mtp or jtp.")],
     temperature: Annotated[float, typer.Option(min=0, help="Of the text that is drafted; 0 is greedy.")] = 0.0,
-    prompts: Annotated[int, typer.Option(min=3, help="Texts to continue; a fifth of them is only measured on.")] = 1024,
+    prompts: Annotated[int, typer.Option(min=3, help="Texts to continue; a fifth of them is only measured on.")] = 4096,
     length: Annotated[int, typer.Option(min=1, help="Of the drafts, at most what the drafter makes.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Of the fit.")] = 2000,
-    state: Annotated[bool, typer.Option(help="Read the drafter's state beside its law.")] = True,
+    steps: Annotated[
+        Optional[int], typer.Option(min=1, help="Of the fit; by default they grow with the number of drafts.")  # noqa: UP045
+    ] = None,
     device: Device = None,
 ) -> None:
     """Fit a small network that foresees which drafted tokens are kept; writes RUN/posthoc/acceptance.safetensors."""
     from nextlat.commands import fit_acceptance_command
 
-    fit_acceptance_command(run, temperature, prompts, length, steps, state, device)
+    fit_acceptance_command(run, temperature, prompts, length, steps, device)
 
 
 @app.command()

@@ -14,7 +14,8 @@ from nextlat.commands import fit_acceptance_command
 from nextlat.decoding import Sampling
 from nextlat.decoding.acceptance import AcceptanceHead, Examples, Planned, calibration, collect, fit
 from nextlat.decoding.costs import Costs
-from nextlat.decoding.drafting import Drafted
+from nextlat.decoding.policies import Known, Static
+from nextlat.decoding.speculative import Statistics, decode
 from nextlat.errors import NextLatError
 from nextlat.model.cache import Cache
 from nextlat.model.interfaces import LMOutput, states_at
@@ -23,18 +24,20 @@ from nextlat.training.trained import load_run
 from tests.decoding.test_speculative import prompts, trained
 from tests.tiny import files_below, run_whole, tiny
 
+EMBEDDING = torch.randn(9, 3, generator=torch.Generator().manual_seed(5))
+
 
 def planted(count: int = 8000, width: int = 4) -> Examples:
-    """The second token depends on two entries of the state together, on neither alone; the third never came."""
+    """The second token depends on an entry of the state and one of the embedding together; the third never came."""
     g = torch.Generator().manual_seed(0)
-    top, states = torch.randn(count, 2, generator=g), 5 + 3 * torch.randn(count, width, generator=g)
-    second = (3 * torch.sign((states[:, 1] - 5) * (states[:, 3] - 5))).sigmoid()
+    states, tokens = 5 + 3 * torch.randn(count, width, generator=g), torch.randint(9, (count,), generator=g)
+    second = (3 * torch.sign((states[:, 1] - 5) * EMBEDDING[tokens, 2])).sigmoid()
     labels = torch.stack([torch.full((count,), 0.8), second, torch.full((count,), torch.nan)], 1)
-    return Examples(top, states, labels, torch.arange(count) // 40)
+    return Examples(states, tokens, labels, torch.arange(count) // 40)
 
 
 def test_a_planted_relation_is_learned_and_better_calibrated_than_positions_alone() -> None:
-    found = fit(planted(), steps=1200)
+    found = fit(planted(), EMBEDDING, steps=1200)
     # chances cannot be known better than by their own entropy
     labels = planted().labels[:, :2].double()
     least = float(-(labels * labels.log() + (1 - labels) * (1 - labels).log()).mean())
@@ -42,46 +45,47 @@ def test_a_planted_relation_is_learned_and_better_calibrated_than_positions_alon
     assert found.constant.log_loss > least + 0.2
     assert found.head_score.brier < 0.3 * found.constant.brier
     assert (found.examples, found.held_out) == (6400, 1600)
-    states = planted().states
-    assert states is not None
-    chances = found.head(torch.cat([planted().top[:, :1], states], 1)).sigmoid()
+    chances = found.head(found.head.read(planted().states, planted().tokens)).sigmoid()
     torch.testing.assert_close(chances[:, 0].mean(), torch.tensor(0.8), rtol=0, atol=0.03)
 
 
-def test_without_the_state_only_the_law_is_used() -> None:
-    without = fit(planted(), steps=100, use_state=False)
-    assert without.head_score.log_loss == pytest.approx(without.constant.log_loss, abs=0.02)
-    assert without.head.layer_1.in_features == 1
-    assert not without.head.reads_state
-    told = planted()
-    for column, known in ((0, False), (1, True)):  # a logit means nothing alone, a probability does
-        labels = (2 * told.top[:, column, None]).sigmoid().expand(-1, 3)
-        found = fit(told._replace(labels=labels), steps=200, use_state=False)
-        assert (found.head_score.log_loss < found.constant.log_loss - 0.1) == known
+def test_the_fit_is_as_long_as_there_are_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    whole = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: steps.append(whole(*args)))
+    fit(planted(4000), EMBEDDING)  # 2800 are fitted to, 400 watched and 800 measured on
+    assert len(steps) == 16 * 3 + 1  # the last at a learning rate of 0
+    del steps[:]
+    fit(planted(120), EMBEDDING)
+    assert len(steps) == 16 + 1
 
 
 def test_few_examples_are_not_learned_by_heart() -> None:
     g = torch.Generator().manual_seed(1)
     few = Examples(
-        torch.randn(300, 2, generator=g),
         torch.randn(300, 200, generator=g),
+        torch.randint(9, (300,), generator=g),
         (torch.rand(300, 2, generator=g) < 0.7).float(),  # by chance alone
         torch.arange(300) // 5,
     )
-    found = fit(few, steps=600)
+    found = fit(few, EMBEDDING, steps=600)
     # with the last weights it is above 2
     assert found.head_score.log_loss == pytest.approx(found.constant.log_loss, abs=0.1)
 
 
+def weights(head: AcceptanceHead) -> Tensor:
+    return torch.cat([p.flatten() for p in head.parameters()])
+
+
 def test_fitting_is_reproducible_and_measures_on_other_prompts() -> None:
-    one, other = fit(planted(400), steps=20), fit(planted(400), steps=20)
-    assert torch.equal(one.head.layer_1.weight, other.head.layer_1.weight)
+    one, other = fit(planted(400), EMBEDDING, steps=20), fit(planted(400), EMBEDDING, steps=20)
+    assert torch.equal(weights(one.head), weights(other.head))
     changed = planted(400)._replace(labels=planted(400).labels.clone())
     changed.labels[320:] = 0.5  # the held-out prompts
-    assert torch.equal(fit(changed, steps=20).head.layer_1.weight, one.head.layer_1.weight)
+    assert torch.equal(weights(fit(changed, EMBEDDING, steps=20).head), weights(one.head))
     with pytest.raises(NextLatError, match="drafts of 2 prompts are there; three are needed"):
-        fit(planted(80))
-    assert fit(planted(120), steps=2).held_out == 40
+        fit(planted(80), EMBEDDING)
+    assert fit(planted(120), EMBEDDING, steps=2).held_out == 40
 
 
 def test_calibration_is_log_loss_and_squared_error_of_the_tokens_whose_turn_came() -> None:
@@ -90,84 +94,102 @@ def test_calibration_is_log_loss_and_squared_error_of_the_tokens_whose_turn_came
     assert found.brier == pytest.approx((0.25 + 0.01) / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize("width", [0, 4])
-def test_survival_is_the_product_of_chances_on_what_the_head_was_fitted_to(width: int) -> None:
+def test_survival_is_the_product_of_chances_by_state_and_token() -> None:
     g = torch.Generator().manual_seed(0)
-    head = AcceptanceHead(width, 5, generator=g)
-    torch.nn.init.normal_(head.layer_2.weight, std=0.1, generator=g)
-    logits, state = torch.randn(3, 7, generator=g), torch.randn(3, 4, generator=g)
-    drafted = Drafted(1, torch.tensor([0, 6, 2]), logits, state, logits.softmax(-1))
-    top = torch.stack([logits.amax(-1), logits.softmax(-1).amax(-1).log()], 1)
-    examples = Examples(top, state, torch.zeros(3, 5), torch.arange(3))
-    chances = head(examples.read(width > 0)).sigmoid()
-    torch.testing.assert_close(head.survival(drafted), chances.cumprod(1))
+    head = AcceptanceHead(EMBEDDING, 4, 5, generator=g)
+    torch.nn.init.normal_(head.out.weight, std=0.1, generator=g)
+    states, tokens = torch.randn(3, 4, generator=g), torch.tensor([0, 6, 2])
+    chances = head(torch.cat([states, EMBEDDING[tokens]], 1)).sigmoid()
+    torch.testing.assert_close(head.survival(states, tokens), chances.cumprod(1))
     assert len({round(x, 4) for x in chances[:, 1].tolist()}) == 3
+    assert not torch.allclose(head.survival(states, tokens.flip(0)), head.survival(states, tokens))
+    assert "embedding" not in head.state_dict()
 
 
 class Foreseen:
     """In place of a head: survival of (B, K), made beforehand."""
 
-    reads_state = False
-
     def __init__(self, curves: list[list[float]]) -> None:
         self.curves, self.length = torch.tensor(curves), len(curves[0])
 
-    def survival(self, drafted: Drafted) -> Tensor:
+    def survival(self, states: Tensor, tokens: Tensor) -> Tensor:
+        assert len(states) == len(tokens) == len(self.curves)
         return self.curves
 
 
-def shown(position: int, rows: int = 1, going: Tensor | None = None) -> Drafted:
-    logits = torch.zeros(rows, 2)
-    return Drafted(position, logits.argmax(-1), logits, None, going=going)
+def known(*rooms: int) -> Known:
+    rows = len(rooms)
+    return Known(torch.zeros(rows, dtype=torch.int64), torch.tensor(rooms), torch.zeros(rows, 1))
 
 
 STAIRS = Costs(0.1, {1: 1.0, 2: 1.1, 3: 1.8, 4: 1.8, 5: 1.8})
 
 
 @pytest.mark.parametrize(
-    ("curves", "going"),
+    ("curves", "rooms"),
     [
-        ([[0.9, 0.8, 0.1, 0.0]], None),
-        ([[0.2, 0.1, 0.1, 0.0]], None),
-        ([[0.9, 0.9, 0.9, 0.9]], None),  # worth the step up only together with the level ground behind it
-        ([[0.9, 0.9, 0.9, 0.9], [0.1, 0.0, 0.0, 0.0]], None),
-        ([[0.9, 0.9, 0.9, 0.9], [0.1, 0.0, 0.0, 0.0]], torch.tensor([True, False])),
-        ([[0.9, 0.9, 0.9, 0.9], [0.1, 0.0, 0.0, 0.0]], torch.tensor([False, True])),
+        ([[0.9, 0.8, 0.1, 0.0]], [9]),
+        ([[0.6, 0.5, 0.1, 0.0]], [9]),  # plain decoding is worth more
+        ([[0.2, 0.1, 0.1, 0.0]], [9]),
+        ([[0.9, 0.9, 0.9, 0.9]], [9]),  # worth the step up only together with the level ground behind it
+        ([[0.9, 0.9, 0.9, 0.9]], [2]),  # of which there is not enough
+        ([[0.9, 0.9, 0.9, 0.9], [0.1, 0.0, 0.0, 0.0]], [9, 9]),
+        ([[0.9, 0.9, 0.9, 0.9], [0.1, 0.0, 0.0, 0.0]], [9, 0]),
+        ([[0.9, 0.9, 0.9, 0.9], [0.1, 0.0, 0.0, 0.0]], [0, 9]),
     ],
 )
-def test_the_planned_length_is_worth_most_at_the_rate_reached(curves: list[list[float]], going: Tensor | None) -> None:
+def test_the_planned_length_is_worth_most_at_the_rate_reached(curves: list[list[float]], rooms: list[int]) -> None:
     policy = Planned(STAIRS, Foreseen(curves), 4)  # type: ignore[arg-type]
-    rows = torch.tensor(curves) if going is None else torch.tensor(curves)[going]
-    worth = [1 + float(rows.mean(0)[:n].sum()) - policy.rate * STAIRS.round(n) for n in range(1, 5)]
-    best = 1 + worth.index(max(worth))
-    on = [policy.goes_on(shown(position, len(curves), going)) for position in range(1, 5)]
-    assert on == [position < best for position in range(1, 5)]
+    rows = torch.tensor(curves)[torch.tensor(rooms) > 0]
+    longest = min(4, max(rooms))
+    worth = [1 + float(rows.mean(0)[:n].sum()) - policy.rate * STAIRS.round(n) for n in range(longest + 1)]
+    assert policy.plan(known(*rooms)) == worth.index(max(worth))
     assert Planned(STAIRS, Foreseen(curves), 2).max_length == 2  # type: ignore[arg-type]
     assert Planned(STAIRS, Foreseen(curves), 9).max_length == 4  # type: ignore[arg-type]
+    assert Planned(STAIRS, Foreseen(curves), 0).plan(known(*rooms)) == 0  # type: ignore[arg-type]
+
+
+def test_the_planned_lengths_differ() -> None:
+    made = [
+        Planned(STAIRS, Foreseen([curve]), 4).plan(known(9))  # type: ignore[arg-type]
+        for curve in ([0.2, 0.1, 0.1, 0.0], [0.9, 0.1, 0.0, 0.0], [0.9, 0.9, 0.9, 0.9])
+    ]
+    assert made == [0, 1, 4]
 
 
 def played(policy: Planned, kept_from: int, rounds: int = 400) -> list[bool]:
     """Whether each round drafted; a drafted token is kept from one round on."""
     made = []
     for n in range(rounds):
-        made.append(policy.starts())
+        made.append(policy.plan(known(1)) > 0)
         policy.learn([int(made[-1])], [int(made[-1] and n >= kept_from)])
     return made
 
 
 def test_drafts_that_do_not_pay_are_given_up_and_tried_again() -> None:
-    policy = Planned(Costs(0.1, {1: 1.0, 2: 1.1}), Foreseen([[0.5]]), 1)  # type: ignore[arg-type]
+    policy = Planned(Costs(0.1, {1: 1.0, 2: 1.1}), Foreseen([[0.9]]), 1)  # type: ignore[arg-type]
     made = played(policy, kept_from=200)
     assert all(made[:10])  # the first losses are not believed
     assert sum(made[60:192]) == 4  # one in 33 rounds
     assert all(made[-60:])  # noticed again
-    assert policy.rate > 1.2
+    assert policy.drafts_pay
     # what was gained and lost long ago does not hide that drafts pay again
     for _ in range(2000):
-        policy.learn([int(policy.starts())], [0])
+        policy.learn([int(policy.plan(known(1)) > 0)], [0])
+    assert not policy.drafts_pay
     assert all(played(policy, kept_from=0, rounds=200)[-20:])
     with pytest.raises(NextLatError, match="memory is 1 rounds"):
         Planned(STAIRS, Foreseen([[0.5]]), memory=1)  # type: ignore[arg-type]
+
+
+def test_the_rate_is_of_all_rounds_so_that_a_poor_draft_is_left_out_where_others_pay() -> None:
+    policy = Planned(Costs(0.1, {1: 1.0, 2: 1.1}), Foreseen([[0.9]]), 1, memory=20)  # type: ignore[arg-type]
+    for _ in range(400):
+        policy.learn([1], [1])
+        policy.learn([0], [0])
+    assert policy.rate == pytest.approx(3 / 2.2, abs=0.03)  # two tokens for 1.2, one for 1
+    poor = Foreseen([[0.25]])
+    assert Planned(Costs(0.1, {1: 1.0, 2: 1.1}), poor, 1).plan(known(1)) == 0  # type: ignore[arg-type]
 
 
 class Constant:
@@ -208,18 +230,18 @@ def test_at_a_temperature_the_label_is_p_over_q_and_turns_come_as_often_as_draft
     texts, new = 4000, 4  # drafts of 3 tokens, of 2 and of 1
     prompts = [(torch.tensor([0]), new)] * texts
     made = collect(model, model, prompts, Sampling(1.0), 3, g)  # type: ignore[arg-type]
-    assert made.states is None
+    assert made.states.shape == (texts * 3, 1)
     assert made.labels.shape == (texts * 3, 3)
     tokens = torch.arange(3) if model.vocabulary is None else model.vocabulary
-    known = made.labels[~made.labels.isnan()]
+    sure = made.labels[~made.labels.isnan()]
     ratios = (model.P[tokens] / model.Q).clamp(max=1).unique()
-    assert all((ratios - label).abs().min() < 1e-6 for label in known.unique())
+    assert all((ratios - label).abs().min() < 1e-6 for label in sure.unique())
     # each token of a draft is kept with probability sum min(p, q), and has its turn if all before it were
     kept = float(torch.minimum(model.P[tokens], model.Q).sum())
     came = 1 - made.labels.isnan().float().mean(0)
     # of the three places of a text one leaves room for three tokens, one for two, one for one
     torch.testing.assert_close(came, torch.tensor([3, 2 * kept, kept**2]) / 3, rtol=0, atol=0.02)
-    assert float(known.mean()) == pytest.approx(kept, abs=0.01)
+    assert float(sure.mean()) == pytest.approx(kept, abs=0.01)
 
 
 def test_greedy_examples_are_those_of_a_draft_from_every_place() -> None:
@@ -228,29 +250,26 @@ def test_greedy_examples_are_those_of_a_draft_from_every_place() -> None:
     assert drafter is not None
     rows = [row[: 3 + n] for n, row in enumerate(prompts())]  # unlike in length
     made = collect(lm, drafter, [(row, new) for row in rows], Sampling(0.0), length)
-    assert made.states is not None
     for number, row in enumerate(rows):
         text = generate(lm, row[None], new)[0]
-        labels, states, tops = [], [], []
+        labels, states = [], []
         for place in range(new - 1):
             whole = torch.cat([row, text[:place]])
-            state = drafter.observe(lm(whole[None]), torch.tensor([len(whole) - 1]))
+            output = lm(whole[None])
+            states.append(output.hidden[0, -1].float())
+            state = drafter.observe(output, torch.tensor([len(whole) - 1]))
             token = text[place : place + 1]
             labels.append([float("nan")] * length)
             for i, wanted in enumerate(text[place + 1 : place + 1 + length].tolist()):
                 state, logits = drafter.step(state, token)
                 token = logits.argmax(-1)
                 labels[-1][i] = float(int(token) == wanted)
-                if i == 0:
-                    states.append(state[0].float())
-                    tops.append(torch.stack([logits[0].float().max(), logits[0].float().log_softmax(-1).max()]))
                 if not labels[-1][i]:
                     break
         mine = made.take(made.prompts == number)
         torch.testing.assert_close(mine.labels, torch.tensor(labels), rtol=0, atol=0, equal_nan=True)
-        assert mine.states is not None
         torch.testing.assert_close(mine.states, torch.stack(states), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(mine.top, torch.stack(tops), rtol=1e-4, atol=1e-5)
+        assert torch.equal(mine.tokens, text[:-1])
     assert 0 < float(made.labels.nanmean()) < 1
 
     few = collect(lm, drafter, [(row, new) for row in rows], Sampling(0.0), length, most=20)
@@ -261,12 +280,42 @@ def test_greedy_examples_are_those_of_a_draft_from_every_place() -> None:
 
 def test_a_head_plans_lossless_drafts() -> None:
     objective = trained().float()
-    head = AcceptanceHead(16, 6, generator=torch.Generator().manual_seed(0))
-    torch.nn.init.normal_(head.layer_2.weight, generator=torch.Generator().manual_seed(1))
-    policy = Planned(Costs(0.05), head, 4)
-    made = generate(objective.as_lm(), prompts(), 15, drafter=objective.drafter(), policy=policy)
+    head = AcceptanceHead(objective.model.embedding_weight, 16, 6, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(head.out.weight, generator=torch.Generator().manual_seed(1))
+    policy, counted = Planned(Costs(0.05), head, 4), Statistics()
+    made = generate(objective.as_lm(), prompts(), 15, drafter=objective.drafter(), policy=policy, statistics=counted)
     assert torch.equal(made, generate(objective.as_lm(), prompts(), 15))
-    assert policy.planned > 0
+    assert 0 < sum(counted.drafted) < counted.rounds * 4
+
+
+def test_a_policy_reads_the_state_before_the_known_token_of_every_row() -> None:
+    objective = trained()
+    lm, drafter = objective.as_lm(), objective.drafter()
+    seen: list[Known] = []
+
+    class Watches(Static):
+        reads_states = True
+
+        def plan(self, known: Known) -> int:
+            seen.append(known)
+            return len(seen) % 3
+
+    rows = prompts()[:2]
+    stop = int(generate(lm, rows[:1], 4)[0, 3])
+    texts = [row.tolist() for row in rows]
+    rounds = decode(lm, rows, 12, Sampling(), drafter=drafter, policy=Watches(2), stop_tokens=(stop,))
+    for number, made in enumerate(rounds):
+        if number:
+            going = [text for row, text in zip(rows, texts, strict=True) if text[-1] != stop or len(text) == len(row)]
+            shown = seen[number - 1]
+            assert shown.tokens.tolist() == [text[-1] for text in going]
+            assert shown.states is not None
+            wanted = torch.stack([lm(torch.tensor(text[:-1])[None]).hidden[0, -1] for text in going])
+            torch.testing.assert_close(shown.states, wanted, rtol=1e-5, atol=1e-6)
+        for row, tokens in made:
+            texts[row] += tokens
+    assert len(seen[0].tokens) == 2
+    assert len(seen[-1].tokens) == 1
 
 
 @pytest.fixture(scope="module")
@@ -287,11 +336,11 @@ def test_what_was_fitted_is_saved_and_read_back(finished: dict[str, Path], capsy
     head = acceptance_head(load_run(run))
     assert head.state_dict().keys() == found.head.state_dict().keys()
     assert all(torch.equal(value, found.head.state_dict()[name]) for name, value in head.state_dict().items())
-    assert head.reads_state
+    assert torch.equal(head.embedding, load_run(run).built.objective.model.embedding_weight)
     assert not any(parameter.requires_grad for parameter in head.parameters())
 
-    fit_acceptance_command(run, 0.0, 10, 2, 5, False, None)
-    assert not acceptance_head(load_run(run), 0.0).reads_state
+    fit_acceptance_command(run, 0.0, 10, 3, None, None)
+    assert acceptance_head(load_run(run), 0.0).length == 3
     with pytest.raises(NextLatError, match=r"fitted at temperature 0, and this is temperature 0\.7; fit it"):
         acceptance_head(load_run(run), 0.7)
     said = capsys.readouterr().out

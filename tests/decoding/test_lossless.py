@@ -13,19 +13,30 @@ from torch import Tensor
 
 from nextlat.decoding import rounds
 from nextlat.decoding.drafting import Drafts, draft
-from nextlat.decoding.policies import Confidence, Entropy, Policy, Static
+from nextlat.decoding.policies import Confidence, Entropy, Known, Policy, Static
 from nextlat.decoding.rounds import Round, Setting, play_chain
 from nextlat.decoding.sampling import Sampling
 from nextlat.decoding.verification import VERIFICATIONS, Verdict, block_wise, token_wise
 from tests.decoding.enumeration import Rules, TableDrafter, Text, World, distance, outcomes, output_law
 
 EXACT = 1e-12
+
+
+class Plans(Static):
+    """Fewer than there is room for, decided by what is known before the draft."""
+
+    def plan(self, known: Known) -> int:
+        assert (known.room == 3).all()
+        return 1 + int((known.tokens >= 0).all())
+
+
 POLICIES: dict[str, Policy] = {
     "one": Static(1),
     "two": Static(2),
     "three": Static(3),
     "confidence": Confidence(3, 0.55),
     "entropy": Entropy(3, 0.62),
+    "planned": Plans(3),
 }
 SAMPLINGS = {
     "temperature 1": Sampling(1.0),

@@ -96,7 +96,9 @@ def test_a_run_asks_for_the_check_and_trains_as_before(runs: Path, monkeypatch: 
         return compile_blocks(*args, backend="eager")  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "compile_blocks", through)
-    monkeypatch.setattr(trunk_module, "own_gradients", lambda u: False)  # compiled blocks have none, and rounding would tell
+    monkeypatch.setattr(
+        trunk_module, "own_gradients", lambda u: False
+    )  # compiled blocks have none, and rounding would tell
     plain = run_whole(tiny("nextlat", name="plain"), runs)
     again = run_whole(tiny("nextlat", "training.compile=true", name="again"), runs)
     assert metrics(again) == metrics(plain)

@@ -91,7 +91,7 @@ PLANS: dict[Effort, Plan] = {
         ((LARGE, 64, 96, 3), (SMALL, 64, 192, 5)),
         (SMALL, 64, 64, 5),
         Small("fineweb_edu/mini", 600, ()),
-        (8, 2, 1024),
+        (8, 2, 4096),
     ),
     "quick": Plan(
         (LARGE, (257, 512), 3),

@@ -1,10 +1,10 @@
-"""How long drafts shall be, foreseen from the first drafted token by a head that is fitted to a drafter."""
+"""How long drafts shall be, foreseen before the first drafted token by a head that is fitted to a drafter."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -12,93 +12,101 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextlat.decoding.costs import Costs
-from nextlat.decoding.drafting import Drafted
 from nextlat.decoding.generate import generate
-from nextlat.decoding.policies import Static
+from nextlat.decoding.policies import Known, Static
 from nextlat.decoding.sampling import Sampling, draw
 from nextlat.errors import NextLatError
-from nextlat.model.interfaces import CausalLM, Drafter
+from nextlat.model.interfaces import CausalLM, Drafter, states_at
 
 LEAST = 1e-6
-"""Probabilities below count as this; the logarithm of nothing is no feature."""
-HIDDEN = 256
+"""Probabilities below count as this in a log loss."""
+HIDDEN, LAYERS = 128, 3
 LOOK = 50
 """Steps of a fit between two looks at what it is stopped by."""
-ROWS = 32
+BATCH = 1024
+"""Drafts to a step of a fit."""
+EPOCHS = 16
+"""Times that a fit sees every draft."""
+ROWS = 128
 """Texts that are continued together, as far as memory allows."""
 AT_ONCE = 2**25
 """Numbers that a batch of texts may hold: laws of the model, and states of the drafter."""
-EXAMPLES = 200_000
-"""Drafts that are kept to fit to, of all that were looked at."""
+KEPT = 2**26
+"""Numbers that the states of all examples may hold; of more examples a random part is kept."""
 RETRY = 32
 """Rounds without drafts, where they do not pay, before one is tried again."""
 HOPE = 8.0
 """Plain steps' worth of time for which drafts are believed to pay at first, or not to pay any more."""
 
 
-def state_of(drafted: Drafted) -> Tensor | None:
-    """(B, D) fp32 the drafter's state; ``None`` where it is not one vector a row."""
-    state = drafted.state
-    return state.float() if isinstance(state, Tensor) and state.ndim == 2 else None
-
-
 class AcceptanceHead(nn.Module):
-    """From a draft's first token, the chances of each of its tokens to be kept if those before it are.
+    """From what is known before a draft, the chances of each of its tokens to be kept if those before it are.
 
-    One hidden layer over the drafter's state and the largest logit. The state knows far more than the law: that a
-    drafter is about to go wrong does not show in how sure it is. A drafter whose state is not a vector is read by the
-    logarithm of its largest probability.
+    Three hidden layers over the model's state and the embedding of the token behind it. That is all a latent drafter
+    starts from, so that where it will go wrong can be foreseen before it has drafted anything; and it is there for
+    every other drafter too. The layers are narrow, because the model's own weights push them out of the processor's
+    caches: fetching them takes longer than multiplying by them.
 
     Args:
-        state_width: D of the drafter's state; 0 does without it.
+        embedding: (V, E) of the model's tokens; not trained, and not part of what is saved.
+        state_width: D of the model's states.
         length: K tokens of a draft.
-        hidden_dim: units of the hidden layer.
+        hidden_dim: units of each hidden layer.
         generator: of the initial weights.
     """
 
     def __init__(
-        self, state_width: int, length: int, hidden_dim: int = HIDDEN, generator: torch.Generator | None = None
+        self,
+        embedding: Tensor,
+        state_width: int,
+        length: int,
+        hidden_dim: int = HIDDEN,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.reads_state, self.length = state_width > 0, length
-        self.layer_1 = nn.Linear(1 + state_width, hidden_dim)
-        self.layer_2 = nn.Linear(hidden_dim, length)
-        nn.init.normal_(self.layer_1.weight, std=self.layer_1.in_features**-0.5, generator=generator)
-        for start in (self.layer_1.bias, self.layer_2.weight, self.layer_2.bias):
-            nn.init.zeros_(start)
+        self.length = length
+        self.embedding: Tensor
+        self.register_buffer("embedding", embedding.detach(), persistent=False)
+        widths = [state_width + embedding.shape[1], *[hidden_dim] * LAYERS]
+        layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
+        self.layers, self.out = nn.ModuleList(layers), nn.Linear(hidden_dim, length)
+        for layer in layers:
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
-    def forward(self, read: Tensor) -> Tensor:
-        """(N, K) logits of being kept, from (N, 1 + D) figures of first tokens."""
-        logits: Tensor = self.layer_2(F.silu(self.layer_1(read)))
+    def read(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """(N, D + E) fp32 figures, of (N, D) states and (N,) tokens behind them."""
+        return torch.cat([states.float(), F.embedding(tokens, self.embedding).float()], -1)
+
+    def forward(self, figures: Tensor) -> Tensor:
+        """(N, K) logits of being kept, from (N, D + E) figures."""
+        for layer in self.layers:
+            figures = F.silu(layer(figures))
+        logits: Tensor = self.out(figures)
         return logits
 
-    def survival(self, drafted: Drafted) -> Tensor:
-        """(B, K) chances that the first 1, ..., K tokens are all kept, from the first of them."""
-        logits: Tensor = self(reading(drafted, self.reads_state))
+    def survival(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """(N, K) chances that the first 1, ..., K drafted tokens are all kept."""
+        logits: Tensor = self(self.read(states, tokens))
         return logits.sigmoid().cumprod(-1)
-
-
-def reading(drafted: Drafted, with_state: bool) -> Tensor:
-    """(B, 1 + D) or (B, 1) what a head reads of a token."""
-    if not with_state:
-        return drafted.law.amax(-1, keepdim=True).float().clamp(min=LEAST).log()
-    return torch.cat([drafted.logits.amax(-1, keepdim=True), drafted.state], -1).float()
 
 
 class Planned(Static):
     """As many tokens as an :class:`AcceptanceHead` promises more for than they cost, decided once a round.
 
-    After the first drafted token the length n is chosen that has the largest
+    Before anything is drafted the length n = 0, 1, ... is chosen that has the largest
 
         1 + S_1 + ... + S_n - rate (V(n + 1) + n c),
 
-    with S_j the chance that the first j tokens are all kept and the rate of tokens per time that drafts have reached
-    of late, which makes the rate itself as large as it can be (Dinkelbach 1967); 1, that of plain decoding, is the
-    least. Where drafts have been slower than that, one is tried now and then. Rows of a batch share a length: a call
-    costs what its longest draft costs.
+    with S_j the chance that the first j tokens are all kept and the rate of tokens per time that has been reached of
+    late, which makes the rate itself as large as it can be (Dinkelbach 1967); 1, that of plain decoding, is the
+    least. Where rounds with drafts have been slower than that, whatever the head says, one is tried now and then.
+    Rows of a batch share a length: a call costs what its longest draft costs.
 
     A decision takes a few small operations, as long as a draft step of a small model; one a round is far cheaper than
-    one a token, and the state after the first token foresees the others well.
+    one a token. It depends on no drafted token, so the text stays lossless.
 
     Args:
         costs: of drafting and verifying, for as many rows as are decoded.
@@ -110,63 +118,73 @@ class Planned(Static):
         NextLatError: numbers out of range.
     """
 
+    reads_states = True
+
     def __init__(self, costs: Costs, head: AcceptanceHead, max_length: int = 16, memory: float = 500.0) -> None:
         super().__init__(min(max_length, head.length))
         if not memory > 1:
             raise NextLatError(f"memory is {memory} rounds; it must be above 1")
-        self.head, self.planned = head, 0
+        self.head = head
         self._round = [costs.round(length) for length in range(self.max_length + 1)]
         self._fade = 1 - 1 / memory
         # as if drafts had paid for a while, so that some in a row must be lost before they are given up
-        self._tokens, self._time = 1.5 * HOPE, HOPE
+        self._tokens = self._drafted_tokens = 1.5 * HOPE
+        self._time = self._drafted_time = HOPE
         self._idle = 0
 
     @property
     def rate(self) -> float:
-        """Tokens that a row has gained by rounds with drafts, per cost of a plain step, of late."""
+        """Tokens that a row has gained per cost of a plain step, of late."""
         return self._tokens / self._time
 
-    def starts(self) -> bool:
-        """Whether drafts have paid of late, or have not been tried for long."""
-        return self.max_length > 0 and (self.rate >= 1 or self._idle >= RETRY)
+    @property
+    def drafts_pay(self) -> bool:
+        """Whether rounds with drafts have been faster than plain decoding, of late."""
+        return self._drafted_tokens >= self._drafted_time
 
-    def goes_on(self, drafted: Drafted) -> bool:
-        """Until the planned length is reached; all rows or none."""
-        if drafted.position == 1:
-            self.planned = self._length(drafted)
-        return drafted.position < self.planned
-
-    def learn(self, drafted: list[int], accepted: list[int]) -> None:
-        """Count what was gained, and what it cost."""
-        length, rows = max(drafted, default=0), sum(n > 0 for n in drafted)
-        self._idle = 0 if length else self._idle + 1
-        if rows:
-            self._tokens = self._fade * self._tokens + 1 + sum(accepted) / rows
-            self._time = self._fade * self._time + self._round[length]
-            if self.rate < 1:  # few that are kept later on shall tell that the text has become another
-                self._tokens, self._time = self.rate * min(self._time, HOPE), min(self._time, HOPE)
-
-    def _length(self, drafted: Drafted) -> int:
-        curves = self.head.survival(drafted)
-        if drafted.going is not None:
-            curves = curves[drafted.going]
-        curve = (curves.mean(0) if len(curves) > 1 else curves[0]).tolist()
-        rate, tokens, best, planned = max(self.rate, 1.0), 1.0, -float("inf"), 1
-        for length in range(1, self.max_length + 1):
+    def plan(self, known: Known) -> int:
+        """The length for all rows; 0 where drafts do not pay."""
+        tried = self._idle >= RETRY
+        if not self.max_length or not (self.drafts_pay or tried):
+            return 0
+        assert known.states is not None
+        rooms = known.room.tolist()
+        curves = self.head.survival(known.states, known.tokens)
+        if len(rooms) > 1:
+            curves = curves[known.room > 0].mean(0, keepdim=True)
+        curve, longest = curves[0].tolist(), min(self.max_length, max(rooms))
+        rate, tokens, best, planned = max(self.rate, 1.0), 1.0, -float("inf"), 0
+        if not tried:
+            best = 1.0 - rate
+        for length in range(1, longest + 1):
             tokens += curve[length - 1]
             worth = tokens - rate * self._round[length]
             if worth > best:
                 best, planned = worth, length
         return planned
 
+    def learn(self, drafted: list[int], accepted: list[int]) -> None:
+        """Count what was gained, and what it cost."""
+        length, rows = max(drafted, default=0), sum(n > 0 for n in drafted)
+        self._idle = 0 if length else self._idle + 1
+        gained, spent = 1 + sum(accepted) / max(rows, 1), self._round[length]
+        self._tokens = self._fade * self._tokens + gained
+        self._time = self._fade * self._time + spent
+        if rows:
+            self._drafted_tokens = self._fade * self._drafted_tokens + gained
+            self._drafted_time = self._fade * self._drafted_time + spent
+            if not self.drafts_pay:  # few that are kept later on shall tell that the text has become another
+                rate, time = self._drafted_tokens / self._drafted_time, min(self._drafted_time, HOPE)
+                self._drafted_tokens, self._drafted_time = rate * time, time
+
 
 class Examples(NamedTuple):
     """Drafts of K tokens from places of the model's own text, N in all."""
 
-    top: Tensor
-    """(N, 2) of the first token's law: the largest logit, and the logarithm of the largest probability."""
-    states: Tensor | None
-    """(N, D) after the first token; ``None`` where the drafter's state is not one vector a row."""
+    states: Tensor
+    """(N, D) of the model."""
+    tokens: Tensor
+    """(N,) int64 known tokens behind them, from which drafts go on."""
     labels: Tensor
     """(N, K) chance of each token to be kept, ``min(1, p / q)``, at temperature 0 whether it is the model's most
     likely one; NaN where its turn did not come."""
@@ -175,22 +193,18 @@ class Examples(NamedTuple):
 
     def take(self, chosen: Tensor) -> Examples:
         """Some of them."""
-        return Examples(*(None if part is None else part[chosen] for part in self))  # type: ignore[arg-type]
-
-    def read(self, use_state: bool) -> Tensor:
-        """(N, 1 + D) or (N, 1) what a head reads, as :func:`reading` has it."""
-        if not use_state or self.states is None:
-            return self.top[:, 1:]
-        return torch.cat([self.top[:, :1], self.states], -1)
+        return Examples(*(part[chosen] for part in self))
 
 
 class _Followed(NamedTuple):
     """What one place's draft came to, position by position, before the model's laws are known."""
 
-    top: Tensor
-    states: Tensor | None
+    states: Tensor
+    """(B, D) of the model before the known token."""
+    known: Tensor
+    """(B,) int64."""
     tokens: list[Tensor]
-    """(B,) int64 each."""
+    """(B,) int64 each, drafted behind it."""
     q: list[Tensor]
     """(B,) the drafter's probability of it, under which it was drawn; 1 at temperature 0."""
     q_text: list[Tensor]
@@ -205,7 +219,7 @@ def collect(
     sampling: Sampling,
     length: int,
     generator: torch.Generator | None = None,
-    most: int = EXAMPLES,
+    most: int | None = None,
 ) -> Examples:
     """Draft from every place of the model's own continuations and note, of each token, the chance that it is kept.
 
@@ -221,7 +235,7 @@ def collect(
         sampling: how tokens are drawn.
         length: K of every draft.
         generator: of the draws.
-        most: examples to keep; of more a random part.
+        most: examples to keep; of more a random part. Default: as many as fit into :data:`KEPT`.
 
     Raises:
         NextLatError: there was no room for any draft.
@@ -230,7 +244,8 @@ def collect(
     for numbers, texts, new in _batches(prompts, lm, length):
         if new > 1:
             made = _drafts_everywhere(lm, drafter, texts, new, sampling, length, generator)
-            share = most * len(numbers) / len(prompts) / len(made.labels)
+            limit = KEPT // made.states.shape[1] if most is None else most
+            share = limit * len(numbers) / len(prompts) / len(made.labels)
             if share < 1:
                 made = made.take(torch.rand(len(made.labels), generator=generator).to(made.labels.device) < share)
             found.append(made._replace(prompts=torch.tensor(numbers, device=made.prompts.device)[made.prompts]))
@@ -240,8 +255,7 @@ def collect(
 
 
 def _joined(parts: Sequence[Examples]) -> Examples:
-    columns = zip(*parts, strict=True)
-    return Examples(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+    return Examples(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _batches(
@@ -284,7 +298,8 @@ def _drafts_everywhere(
     for place in range(new - 1):
         state = drafter.observe(output, read)
         behind = text[:, place : place + 1 + length]
-        drafts.append(_follow(drafter, state, behind, sampling, output.logits.shape[-1], generator))
+        seen = states_at(output.hidden, read)[:, 0]
+        drafts.append(_follow(drafter, state, seen, behind, sampling, output.logits.shape[-1], generator))
         output = lm(text[:, place : place + 1], cache=cache)
         read = torch.zeros_like(read)
         laws.append(sampling.law(output.logits[:, 0]))
@@ -298,13 +313,14 @@ def _drafts_everywhere(
             labels[turn, i] = (p[row, token] / q.to(p)).clamp(max=1).float()[turn]
             kept = (q_text.to(p) / p[row, text[:, place + 1 + i]]).clamp(max=1)
             turn &= torch.rand(rows, generator=generator, dtype=torch.float64).to(device) < kept
-        parts.append(Examples(draft.top, draft.states, labels, row))
+        parts.append(Examples(draft.states, draft.known, labels, row))
     return _joined(parts)
 
 
 def _follow(
     drafter: Drafter,
     state: Any,
+    seen: Tensor,
     text: Tensor,
     sampling: Sampling,
     vocab_size: int,
@@ -313,7 +329,6 @@ def _follow(
     """What would be drafted for each of (B, K) tokens but the first, if those before it had been drafted and kept."""
     row = torch.arange(len(text), device=text.device)
     tokens, drawn, of_text = [], [], []
-    first: Drafted | None = None
     for position in range(1, text.shape[1]):
         state, logits = drafter.step(state, text[:, position - 1])
         if sampling.greedy:
@@ -322,7 +337,6 @@ def _follow(
             law = sampling.law(logits)
             column = draw(law, torch.rand(len(law), generator=generator, dtype=torch.float64))
         token, wanted = column if drafter.vocabulary is None else drafter.vocabulary[column], text[:, position]
-        first = first or Drafted(position, column, logits, state, law)
         if law is None:
             q, q_text = torch.ones(len(token), device=token.device), (token == wanted).float()
         else:
@@ -332,9 +346,7 @@ def _follow(
         tokens.append(token)
         drawn.append(q)
         of_text.append(q_text)
-    assert first is not None
-    top = torch.cat([first.logits.amax(-1, keepdim=True).float(), reading(first, False)], -1)
-    return _Followed(top, state_of(first), tokens, drawn, of_text)
+    return _Followed(seen.float(), text[:, 0], tokens, drawn, of_text)
 
 
 class Calibration(NamedTuple):
@@ -360,12 +372,12 @@ class Fit(NamedTuple):
 @torch.enable_grad()
 def fit(
     examples: Examples,
-    steps: int = 2000,
-    use_state: bool = True,
+    embedding: Tensor,
+    steps: int | None = None,
     held_out: float = 0.2,
     seed: int = 0,
-    learning_rate: float = 1e-2,
-    weight_decay: float = 0.1,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 0.01,
 ) -> Fit:
     """Fit a head to the first prompts and measure it on the last ones.
 
@@ -374,8 +386,8 @@ def fit(
 
     Args:
         examples: from :func:`collect`.
-        steps: of AdamW, on batches of up to 1024 drafts.
-        use_state: whether the head reads the drafter's state.
+        embedding: (V, E) of the model's tokens.
+        steps: of AdamW, on batches of up to :data:`BATCH` drafts; default :data:`EPOCHS` times all of them.
         held_out: share of the prompts, the last ones, that is only measured on.
         seed: of weights and batches.
         learning_rate: falls linearly to 0.
@@ -395,14 +407,16 @@ def fit(
     watched = examples.take((examples.prompts >= numbers[first]) & (examples.prompts < numbers[last]))
     new = examples.take(examples.prompts >= numbers[last])
     g = torch.Generator().manual_seed(seed)
-    read = seen.read(use_state)
+    head = AcceptanceHead(embedding, examples.states.shape[1], examples.labels.shape[1], generator=g)
+    head.to(examples.states.device)
+    read = head.read(seen.states, seen.tokens)
     mean, scale = read.mean(0), read.std(0, correction=0).clamp(min=1e-3)
-    head = AcceptanceHead(read.shape[1] - 1, examples.labels.shape[1], generator=g).to(read.device)
-    read, compared = (read - mean) / scale, (watched.read(use_state) - mean) / scale
+    read, compared = (read - mean) / scale, (head.read(watched.states, watched.tokens) - mean) / scale
+    steps = steps or EPOCHS * -(-len(read) // BATCH)
     # positions that were never reached are expected to be like a coin
     shares = seen.labels.double().nanmean(0).nan_to_num(0.5).clamp(1e-3, 1 - 1e-3)
     with torch.no_grad():  # it begins as the constants
-        head.layer_2.bias.copy_(shares.logit())
+        head.out.bias.copy_(shares.logit())
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
     best, kept = float("inf"), copy.deepcopy(head.state_dict())
     for step in range(steps + 1):
@@ -413,18 +427,20 @@ def fit(
                 best, kept = loss, copy.deepcopy(head.state_dict())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 - step / steps)
-        rows = torch.randint(len(read), (min(1024, len(read)),), generator=g).to(read.device)
+        rows = torch.randint(len(read), (min(BATCH, len(read)),), generator=g).to(read.device)
         optimizer.zero_grad()
         _loss(head(read[rows]), seen.labels[rows]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     head.load_state_dict(kept)
     with torch.no_grad():  # the head reads what decoding sees, as it is
-        head.layer_1.weight.div_(scale)
-        head.layer_1.bias.sub_(head.layer_1.weight @ mean)
+        reads = head.layers[0]
+        assert isinstance(reads, nn.Linear)
+        reads.weight.div_(scale)
+        reads.bias.sub_(reads.weight @ mean)
     head.eval().requires_grad_(False)
     return Fit(
         head,
-        calibration(head(new.read(use_state)).sigmoid(), new.labels),
+        calibration(head(head.read(new.states, new.tokens)).sigmoid(), new.labels),
         calibration(shares.expand(new.labels.shape), new.labels),
         len(seen.labels) + len(watched.labels),
         len(new.labels),

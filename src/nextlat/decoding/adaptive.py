@@ -11,7 +11,7 @@ import numpy as np
 
 from nextlat.decoding.costs import Costs
 from nextlat.decoding.drafting import Drafted
-from nextlat.decoding.policies import Static
+from nextlat.decoding.policies import Known, Static
 from nextlat.errors import NextLatError
 
 Estimator = Callable[[Drafted], Sequence[float]]
@@ -212,6 +212,10 @@ class CostAware(Static):
     def rate(self) -> float:
         """Tokens that a row has gained per cost of a plain step, of late."""
         return self._tokens / self._time
+
+    def plan(self, known: Known) -> int:
+        """As many as may follow, or none."""
+        return self.max_length if self.starts() else 0
 
     def starts(self) -> bool:
         """Whether a first token, or several, are worth their cost."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nextlat.decoding.graphs import roll
 from nextlat.decoding.policies import Policy, Static
 from nextlat.decoding.sampling import Sampling, draw
 from nextlat.model.interfaces import Drafter
@@ -90,8 +91,8 @@ def draft(
     tokens, laws = [], []
     vocabulary = drafter.vocabulary
     longest = int(room.max())
-    rollout = getattr(drafter, "rollout", None)
-    if rollout is not None and sampling.greedy and type(policy) is Static and longest:  # nothing to decide on the way
+    if sampling.greedy and longest and type(policy).goes_on is Static.goes_on:  # nothing to decide on the way
+        rollout = getattr(drafter, "rollout", None) or partial(roll, drafter)
         return Drafts(rollout(state, token, longest), torch.empty(0, device=room.device), room)
     rooms = room.tolist()
     ends = [longest] * len(rooms)  # where a policy has stopped a row

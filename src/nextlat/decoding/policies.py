@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,19 @@ if TYPE_CHECKING:
     from nextlat.decoding.drafting import Drafted
 
 
+class Known(NamedTuple):
+    """What all rows know before a round drafts anything."""
+
+    tokens: Tensor
+    """(B,) int64 the known tokens that the model has not seen yet."""
+    room: Tensor
+    """(B,) int64 most tokens that each row may draft; 0 where a row is done."""
+    states: Tensor | None = None
+    """(B, D) the model's states before these tokens, for a policy that reads them."""
+
+
 class Policy(Protocol):
-    """Decides, token by token, which rows go on drafting.
+    """Decides how long drafts are: before a round, and after every drafted token.
 
     A decision may use the laws and the tokens drafted so far, because all of them are verified. It may not look
     at a token that is then thrown away: that would bias what is kept.
@@ -22,9 +33,11 @@ class Policy(Protocol):
 
     max_length: int
     """No draft gets longer."""
+    reads_states: bool
+    """Whether :meth:`plan` wants the model's states."""
 
-    def starts(self) -> bool:
-        """Whether a round drafts at all; asked before its first token."""
+    def plan(self, known: Known) -> int:
+        """Most tokens that this round may draft, 0 for none; asked before its first."""
         ...
 
     def goes_on(self, drafted: Drafted) -> Tensor | bool:
@@ -50,15 +63,17 @@ def check_length(length: int) -> int:
 class Static:
     """Always the same number of tokens."""
 
+    reads_states = False
+
     def __init__(self, length: int) -> None:
         self.max_length = check_length(length)
 
-    def starts(self) -> bool:
-        """Always."""
-        return True
+    def plan(self, known: Known) -> int:
+        """The length."""
+        return self.max_length
 
     def goes_on(self, drafted: Drafted) -> Tensor | bool:
-        """Until the length is reached."""
+        """Until the planned length is reached."""
         return True
 
     def learn(self, drafted: list[int], accepted: list[int]) -> None:

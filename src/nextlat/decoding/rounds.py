@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nextlat.decoding.drafting import Uniform, draft
-from nextlat.decoding.policies import Policy
+from nextlat.decoding.policies import Known, Policy
 from nextlat.decoding.sampling import Sampling, draw
 from nextlat.decoding.verification import Verification, greedy
 from nextlat.model.cache import Cache
@@ -47,7 +47,13 @@ class Round(NamedTuple):
 
 
 def play_chain(
-    setting: Setting, policy: Policy, judge: Verification, state: Any, pending: Tensor, room: Tensor
+    setting: Setting,
+    policy: Policy,
+    judge: Verification,
+    state: Any,
+    pending: Tensor,
+    room: Tensor,
+    states: Tensor | None = None,
 ) -> Round:
     """A round with a draft of one token behind the other; with none where there is no drafter, or the policy says so.
 
@@ -58,10 +64,13 @@ def play_chain(
         state: the drafter's state after the last accepted position.
         pending: (B,) int64 the known tokens behind it.
         room: (B,) int64 most tokens that each row may draft.
+        states: (B, D) of the model at that position, for a policy that reads them.
     """
     _, drafter, cache, sampling, uniform, vocab_size = setting
     made = None
-    if drafter is not None and policy.starts():
+    longest = 0 if drafter is None else policy.plan(Known(pending, room, states))
+    if drafter is not None and longest:
+        room = room if longest >= policy.max_length else room.clamp(max=longest)
         made = draft(drafter, state, pending, sampling, policy, room, vocab_size, uniform)
     tokens = pending[:, None] if made is None else torch.cat([pending[:, None], made.tokens], 1)
     output = setting.lm(tokens, cache=cache)

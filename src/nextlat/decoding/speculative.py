@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from nextlat.decoding.policies import Policy, Static
-from nextlat.decoding.rounds import Setting, play_chain
+from nextlat.decoding.rounds import Round, Setting, play_chain
 from nextlat.decoding.sampling import Sampling, draw
 from nextlat.decoding.tree import Tree, play_tree
 from nextlat.decoding.verification import Verification, find_verification
 from nextlat.errors import NextLatError
-from nextlat.model.interfaces import CausalLM, Drafter
+from nextlat.model.interfaces import CausalLM, Drafter, LMOutput
 
 
 @dataclass
@@ -189,7 +189,10 @@ def _rounds(
     logits = output.logits[:, 0]
     pending = logits.argmax(-1) if sampling.greedy else draw(sampling.law(logits), uniform(len(rows)))
     state: Any = drafter.observe(output, last) if drafter is not None else None
+    reads = drafter is not None and not isinstance(policy, Tree) and policy.reads_states
+    states = _states(output, last) if reads else None
     setting = Setting(lm, drafter, cache, sampling, uniform, logits.shape[-1])
+    play: Callable[..., Round]
     if isinstance(policy, Tree):
         play = partial(play_tree, setting, policy)
     else:
@@ -204,13 +207,17 @@ def _rounds(
             rows, index = [rows[i] for i in going], torch.tensor(going, device=device)
             pending = pending[index]
             state = drafter.select(state, index) if drafter is not None else None
+            states = states[index] if states is not None else None
         # a row gains at least one token without a draft
         room = torch.tensor([0 if row.done else min(policy.max_length, row.left - 1) for row in rows], device=device)
         begins = list(cache.lengths)
-        output, tokens, drafted, accepted, path, pending = play(state, pending, room)
+        made = play(state, pending, room) if states is None else play(state, pending, room, states=states)
+        output, tokens, drafted, accepted, path, pending = made
         statistics.calls += 1
         if drafter is not None:
-            state = drafter.observe(output, path.gather(1, accepted[:, None])[:, 0])
+            last = path.gather(1, accepted[:, None])[:, 0]
+            state = drafter.observe(output, last)
+            states = _states(output, last) if reads else None
         kept = accepted.tolist()
         places = [one[: n + 1] for one, n in zip(path.tolist(), kept, strict=True)]
         cache.keep([[] if row.done else one for row, one in zip(rows, places, strict=True)], begins)
@@ -220,6 +227,11 @@ def _rounds(
         seen = zip(tokens.tolist(), places, pending.tolist(), strict=True)
         news = [[*(one[place] for place in way[1:]), token] for one, way, token in seen]
         yield _emit(rows, news, statistics)
+
+
+def _states(output: LMOutput, places: Tensor) -> Tensor:
+    """(B, D) of (B,) places in a call."""
+    return output.hidden[torch.arange(len(places), device=places.device), places]
 
 
 def _emit(rows: list[_Row], news: list[list[int]], statistics: Statistics) -> list[tuple[int, list[int]]]:

@@ -22,8 +22,8 @@ from nextlat.training.build import stream
 from nextlat.training.trained import Trained
 
 ACCEPTANCE_STREAM = 3
-PROMPTS, LENGTH, STEPS = 1024, 16, 2000
-"""Texts that a head is fitted to, length of the drafts, and steps of the fit."""
+PROMPTS, LENGTH = 4096, 16
+"""Texts that a head is fitted to, and length of the drafts."""
 
 
 def acceptance_path(run: Path) -> Path:
@@ -36,15 +36,14 @@ def fit_acceptance(
     temperature: float = 0.0,
     prompts: int = PROMPTS,
     length: int = LENGTH,
-    steps: int = STEPS,
-    use_state: bool = True,
+    steps: int | None = None,
 ) -> tuple[Path, Fit]:
     """Fit a head with :func:`fitted_head` and write it beside the run.
 
     Returns:
         the file written, and the head with its calibration on held-out drafts.
     """
-    found = fitted_head(trained, need_drafts(trained), temperature, prompts, length, steps, use_state)
+    found = fitted_head(trained, need_drafts(trained), temperature, prompts, length, steps)
     path = acceptance_path(trained.path)
     about = {"model_step": trained.step, "temperature": temperature, "length": length}
     with explained("creating", path.parent):
@@ -60,8 +59,7 @@ def fitted_head(
     temperature: float = 0.0,
     prompts: int = PROMPTS,
     length: int = LENGTH,
-    steps: int = STEPS,
-    use_state: bool = True,
+    steps: int | None = None,
 ) -> Fit:
     """Fit a head to drafts behind prompts of the training data.
 
@@ -71,8 +69,7 @@ def fitted_head(
         temperature: of the text that is continued; 0 is greedy. A head is for one temperature.
         prompts: texts to continue; the last fifth of them is only measured on.
         length: of the drafts, at most what the drafter makes.
-        steps: of the fit.
-        use_state: whether the head reads the drafter's state, where that is one vector.
+        steps: of the fit; by default they grow with the number of drafts.
 
     Returns:
         the head with its calibration on held-out drafts.
@@ -81,7 +78,7 @@ def fitted_head(
         NextLatError: an objective without a drafter, a task that is not continued, or numbers out of range.
     """
     task = trained.built.task
-    if prompts < 3 or length < 1 or steps < 1:
+    if prompts < 3 or length < 1 or (steps is not None and steps < 1):
         raise NextLatError(f"prompts={prompts}, length={length}, steps={steps}; at least 3, 1 and 1 are needed")
     if drafter.max_length is not None:
         length = min(length, drafter.max_length - 1)
@@ -96,7 +93,7 @@ def fitted_head(
         length,
         stream(trained.config.seed, ACCEPTANCE_STREAM),
     )
-    return fit(examples, steps, use_state, seed=trained.config.seed)
+    return fit(examples, trained.built.objective.model.embedding_weight, steps, seed=trained.config.seed)
 
 
 def need_drafts(trained: Trained) -> Drafter:
@@ -157,8 +154,10 @@ def acceptance_head(trained: Trained, temperature: float | None = None) -> Accep
         weights = load_file(path)
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
-        hidden, width = weights["layer_1.weight"].shape
-        head = AcceptanceHead(width - 1, len(weights["layer_2.weight"]), hidden)
+        length, hidden = weights["out.weight"].shape
+        embedding = trained.built.objective.model.embedding_weight
+        width = weights["layers.0.weight"].shape[1] - embedding.shape[1]
+        head = AcceptanceHead(embedding, width, length, hidden)
         head.load_state_dict(weights)
         step, fitted_at = about["model_step"], float(about["temperature"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError):
