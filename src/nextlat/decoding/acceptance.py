@@ -326,11 +326,15 @@ def _follow(
     vocab_size: int,
     generator: torch.Generator | None,
 ) -> _Followed:
-    """What would be drafted for each of (B, K) tokens but the first, if those before it had been drafted and kept."""
-    row = torch.arange(len(text), device=text.device)
+    """What would be drafted for each of (B, K) tokens but the first, if those before it had been drafted and kept.
+
+    At temperature 0 it is known at once which drafts go on; a state that is one tensor then follows these alone.
+    """
+    known, row = text[:, 0], torch.arange(len(text), device=text.device)
     tokens, drawn, of_text = [], [], []
+    going = row
     for position in range(1, text.shape[1]):
-        state, logits = drafter.step(state, text[:, position - 1])
+        state, logits = drafter.step(state, text[going, position - 1])
         if sampling.greedy:
             law, column = None, logits.argmax(-1)
         else:
@@ -338,7 +342,11 @@ def _follow(
             column = draw(law, torch.rand(len(law), generator=generator, dtype=torch.float64))
         token, wanted = column if drafter.vocabulary is None else drafter.vocabulary[column], text[:, position]
         if law is None:
-            q, q_text = torch.ones(len(token), device=token.device), (token == wanted).float()
+            right = token == wanted[going]
+            token = wanted.index_copy(0, going, token)
+            q, q_text = torch.ones(len(row), device=row.device), (token == wanted).float()
+            if isinstance(state, Tensor) and not bool(right.all()):
+                going, state = going[right], drafter.select(state, right.nonzero()[:, 0])
         else:
             if drafter.vocabulary is not None:
                 law = law.new_zeros(len(law), vocab_size).index_copy_(1, drafter.vocabulary, law)
@@ -346,7 +354,9 @@ def _follow(
         tokens.append(token)
         drawn.append(q)
         of_text.append(q_text)
-    return _Followed(seen.float(), text[:, 0], tokens, drawn, of_text)
+        if not len(going):
+            break
+    return _Followed(seen.float(), known, tokens, drawn, of_text)
 
 
 class Calibration(NamedTuple):
