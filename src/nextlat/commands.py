@@ -167,6 +167,8 @@ def fit_acceptance_command(
     for name, score in (("head", fit.head_score), ("the position alone", fit.constant)):
         table.add_row(name, f"{score.log_loss:.4f}", f"{score.brier:.4f}")
     Console(soft_wrap=True).print(table)
+    if fit.head_score.log_loss > fit.constant.log_loss:
+        print(f"on other texts the head foresees less than positions do; fit it to more than {prompts} of them")
     print(f"wrote {path}")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from nextlat import generate
 from nextlat.commands import fit_acceptance_command
 from nextlat.decoding import Sampling
-from nextlat.decoding.acceptance import AcceptanceHead, Examples, Planned, calibration, collect, fit
+from nextlat.decoding.acceptance import AcceptanceHead, Calibration, Examples, Fit, Planned, calibration, collect, fit
 from nextlat.decoding.costs import Costs
 from nextlat.decoding.policies import Known, Static
 from nextlat.decoding.speculative import Statistics, decode
@@ -351,6 +351,16 @@ def test_what_was_fitted_is_saved_and_read_back(finished: dict[str, Path], capsy
     path.write_bytes(b"torn")
     with pytest.raises(NextLatError, match="is damaged; fit it again"):
         acceptance_head(load_run(run))
+
+
+@pytest.mark.parametrize("loss", [0.3, 0.7])
+def test_a_head_that_is_worse_than_positions_is_pointed_out(
+    loss: float, finished: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Fit(AcceptanceHead(EMBEDDING, 1, 1), Calibration(loss, 0.1), Calibration(0.5, 0.1), 8, 2)
+    monkeypatch.setattr("nextlat.training.acceptance.fit_acceptance", lambda *_: (Path("head"), made))
+    fit_acceptance_command(finished["nextlat"], 0.0, 10, 1, None, None)
+    assert ("fit it to more than 10 of them" in capsys.readouterr().out) == (loss > 0.5)
 
 
 def test_a_run_without_drafts_is_refused(finished: dict[str, Path]) -> None:
