@@ -12,8 +12,9 @@ from torch import Tensor
 from nextlat import generate
 from nextlat.commands import fit_acceptance_command
 from nextlat.decoding import Sampling
-from nextlat.decoding.acceptance import AcceptanceHead, Calibration, Examples, Fit, Planned, calibration, collect, fit
+from nextlat.decoding.acceptance import AcceptanceHead, Planned
 from nextlat.decoding.costs import Costs
+from nextlat.decoding.foresight import Calibration, Examples, Fit, calibration, collect, fit
 from nextlat.decoding.policies import Known, Static
 from nextlat.decoding.speculative import Statistics, decode
 from nextlat.errors import NextLatError

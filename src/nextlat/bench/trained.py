@@ -19,11 +19,12 @@ from torch import Tensor
 
 from nextlat.bench.decode import Small, bound, share_of_bound
 from nextlat.bench.results import Result
-from nextlat.decoding.acceptance import Fit, Planned
+from nextlat.decoding.acceptance import Planned
 from nextlat.decoding.adaptive import CostAware
 from nextlat.decoding.command import CheapDrafts, load, longest_draft, need_drafter, prepared, spared
 from nextlat.decoding.costs import Costs
 from nextlat.decoding.drafting import draft
+from nextlat.decoding.foresight import Fit
 from nextlat.decoding.generate import generate
 from nextlat.decoding.policies import Policy, Static
 from nextlat.decoding.sampling import Sampling

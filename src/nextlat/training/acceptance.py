@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from nextlat.decoding.acceptance import AcceptanceHead, Fit, collect, fit
+from nextlat.decoding.acceptance import AcceptanceHead
+from nextlat.decoding.foresight import Fit, collect, fit
 from nextlat.decoding.sampling import Sampling
 from nextlat.errors import NextLatError
 from nextlat.files import explained, write_bytes
