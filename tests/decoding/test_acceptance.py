@@ -319,6 +319,16 @@ def test_a_policy_reads_the_state_before_the_known_token_of_every_row() -> None:
     assert len(seen[-1].tokens) == 1
 
 
+def test_drafts_are_no_longer_than_planned() -> None:
+    class One(Static):
+        def plan(self, known: Known) -> int:
+            return 1
+
+    objective, counted = trained(), Statistics()
+    generate(objective.as_lm(), prompts(), 9, drafter=objective.drafter(), policy=One(4), statistics=counted)
+    assert len(counted.drafted) == 1
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("acceptance")
