@@ -14,6 +14,13 @@ import torch
 Arm = Callable[[], object]
 
 
+class Prepared(NamedTuple):
+    """An arm that needs something made for it, anew each time and without being timed."""
+
+    arm: Callable[[], Arm]
+    """Makes it, and gives what is timed."""
+
+
 class Timing(NamedTuple):
     """Seconds of every repetition of one arm, in order."""
 
@@ -35,7 +42,7 @@ class Ratio(NamedTuple):
     """Upper quartile."""
 
 
-def interleave(arms: Mapping[str, Arm], repetitions: int, warmup: int = 1) -> dict[str, Timing]:
+def interleave(arms: Mapping[str, Arm | Prepared], repetitions: int, warmup: int = 1) -> dict[str, Timing]:
     """Run the arms in turn, A B C A B C ..., so that a busy neighbour slows all of them alike.
 
     Garbage is collected between rounds and never inside a timed region; what an arm returns is freed inside it.
@@ -50,7 +57,8 @@ def interleave(arms: Mapping[str, Arm], repetitions: int, warmup: int = 1) -> di
     with older_objects_left_alone():
         for round_number in range(warmup + repetitions):
             with collector_paused():
-                for name, arm in arms.items():
+                for name, made in arms.items():
+                    arm = made.arm() if isinstance(made, Prepared) else made
                     began = time.perf_counter(), time.process_time()
                     arm()
                     spent = time.perf_counter() - began[0], time.process_time() - began[1]
@@ -93,13 +101,16 @@ def compare(slow: Timing, fast: Timing) -> Ratio:
     On one thread the value is that of processor time, which a neighbour on the same core does not inflate. On
     several threads processor time counts waiting threads as work, and the value is that of wall time.
     """
-    wall = median(slow.wall) / median(fast.wall)
-    one, other = (slow.cpu, fast.cpu) if torch.get_num_threads() == 1 else (slow.wall, fast.wall)
-    single = [a / b for a, b in zip(one, other, strict=True)]
+    single = [a / b for a, b in zip(counting(slow), counting(fast), strict=True)]
     low, _, high = quantiles(single, n=4, method="inclusive") if len(single) > 1 else single * 3
-    return Ratio(median(one) / median(other), wall, low, high)
+    return Ratio(seconds(slow) / seconds(fast), median(slow.wall) / median(fast.wall), low, high)
+
+
+def counting(timing: Timing) -> tuple[float, ...]:
+    """The seconds that :func:`compare` goes by."""
+    return timing.cpu if torch.get_num_threads() == 1 else timing.wall
 
 
 def seconds(timing: Timing) -> float:
-    """The median that :func:`compare` uses."""
-    return median(timing.cpu if torch.get_num_threads() == 1 else timing.wall)
+    """Their median."""
+    return median(counting(timing))

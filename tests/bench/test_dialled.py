@@ -9,8 +9,10 @@ from torch import Tensor
 
 from nextlat.bench import decode
 from nextlat.decoding.costs import Costs
+from nextlat.decoding.generate import generate
 from nextlat.decoding.packed import Packed
-from nextlat.timing import Timing
+from nextlat.decoding.speculative import Statistics
+from nextlat.timing import Prepared, Timing
 
 TOOK = {"plain": 30.0, "packed": 24.0, "drafted": 9.0, "step": 2.0, "call": 3.0, "round": 3.9}
 BEFOREHAND = Costs(0.05, {1: 1.0, 2: 1.1, 4: 1.2, 5: 9.0, 17: 99.0}, overhead=0.3)
@@ -23,7 +25,7 @@ the price beforehand is known."""
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """All drafts are kept, every arm runs once and takes known seconds; returns the calls of packed weights by arm."""
+    """All drafts are kept and arms take known seconds; returns the calls of packed weights by arm, in the last turn."""
     found: dict[str, list[Any]] = {}
     call, arm_of = Packed.__call__, [""]
 
@@ -32,8 +34,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         return call(self, tokens, *args, cache=cache, **options)
 
     def interleave(arms: Any, repetitions: int) -> dict[str, Timing]:
-        for arm_of[0], arm in arms.items():
-            arm()
+        for _ in range(1 + repetitions):
+            found.clear()
+            for arm_of[0], arm in arms.items():
+                if isinstance(arm, Prepared):
+                    arm_of[0], within = "prompts", arm_of[0]
+                    arm = arm.arm()
+                    arm_of[0] = within
+                arm()
         return {name: Timing((TOOK[name],) * repetitions, (TOOK[name],) * repetitions) for name in arms}
 
     monkeypatch.setattr(Packed, "__call__", watched)
@@ -54,12 +62,40 @@ def test_the_limit_of_dialled_drafts_is_that_of_prices_timed_with_them(calls: di
     found = {made.name: made for made in decode.dialled(decode.TINY, CONTEXT, NEW, 3)}
     check_parts(calls, 1)
     assert found["decoding, acceptance 1.0: plain / drafted"].limit == pytest.approx(LIMIT)
+    # the first token comes with the prompt, and is not timed
+    prompts = [((1, CONTEXT), [CONTEXT])] * 2
+    assert [shape for shape, _ in calls["prompts"]][-2:] == [shape for shape, _ in prompts]
+    assert len(calls["packed"]) == NEW - 1
+    assert len(calls["drafted"]) == 7
     share = found["share of the bound reached, acceptance 1.0"]
     assert share.value == pytest.approx((24 / 9) / LIMIT)
     assert "timed in turn" in share.note
     # what is measured beforehand is printed as before
     assert found["draft step / cached step"].value == 0.05
     assert found["verifying 4 positions / one"].value == 1.2
+
+
+def test_luck_with_the_coins_moves_gain_and_bound_of_a_repetition_alike() -> None:
+    lucky = Statistics(rounds=5, tokens=21, opening=1, drafted=[5, 5, 5])
+    poor = Statistics(rounds=10, tokens=21, opening=1, drafted=[10, 10, 10])
+    costs = Costs(0.1, {1: 1.0, 4: 1.7})  # 2 a round: bounds of 2 and 1
+    found = {"packed": Timing((30.0, 36.0), (1.0, 1.0)), "drafted": Timing((20.0, 40.0), (1.0, 1.0))}
+    made = decode.Replayed(found, [lucky, poor], costs)
+    assert made.reached() == [(1.5, pytest.approx(2.0)), (0.9, pytest.approx(1.0))]
+    assert made.counted == Statistics(rounds=15, tokens=42, opening=2, drafted=[15, 15, 15])
+    assert decode.share_of_bound("share", made.reached(), {}).value == pytest.approx((0.75 + 0.9) / 2)
+
+
+def test_texts_that_are_not_the_recorded_one_are_noticed() -> None:
+    lm = decode.TINY.build().as_lm()
+    prompts = decode.prompt(1, CONTEXT, decode.TINY.vocab)
+    recorded = generate(lm, prompts, NEW)
+    decode.behind_prompts(lm, prompts, recorded)()
+    for place in (0, NEW - 1):
+        other = recorded.clone()
+        other[0, place] += 1
+        with pytest.raises(AssertionError, match="not the text that was recorded"):
+            decode.behind_prompts(lm, prompts, other)()
 
 
 def test_the_limit_of_rows_is_that_of_prices_timed_with_all_of_them(calls: dict[str, list[Any]]) -> None:

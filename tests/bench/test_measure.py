@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import time
 import weakref
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from nextlat.bench.measure import peak_memory
 from nextlat.bench.results import Result, notes, number
-from nextlat.timing import Timing, compare, interleave
+from nextlat.timing import Arm, Prepared, Timing, compare, interleave
 
 MEGABYTE = 2**20
 
@@ -23,6 +24,23 @@ def test_arms_run_in_turn_and_the_warm_up_is_not_timed() -> None:
     assert "".join(order) == "ABCABCABC"
     assert list(found) == ["A", "B", "C"]
     assert all(len(times) == 2 for timing in found.values() for times in timing)
+
+
+def test_what_is_made_for_an_arm_is_made_anew_each_time_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, made = [0.0], [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "process_time", lambda: now[0] / 2)
+
+    def takes(seconds: float) -> None:
+        now[0] += seconds
+
+    def prepare() -> Arm:
+        takes(100)
+        made.append(now[0])
+        return lambda: takes(len(made))
+
+    found = interleave({"prepared": Prepared(prepare), "plain": lambda: takes(7)}, repetitions=2)
+    assert found == {"prepared": Timing((1.5, 2.0), (3.0, 4.0)), "plain": Timing((3.5, 3.5), (7.0, 7.0))}
 
 
 def test_the_collector_rests_while_arms_run_and_works_again_afterwards() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nextlat.bench.decode import bound, gain
+from nextlat.bench.decode import Replayed, bound, gain
 from nextlat.bench.trained import (
     ADAPTIVE,
     LEARNED,
@@ -193,7 +193,8 @@ def test_the_bound_charges_every_round_what_it_drafted() -> None:
 def test_the_limit_of_a_gain_is_the_bound_in_units_of_the_faster_plain_decoding() -> None:
     times = {"plain": 3.0, "packed": 4.0, "drafted": 2.0}
     found = {name: Timing((value,) * 3, (value,) * 3) for name, value in times.items()}
-    made = gain("8 rows: plain / drafted", found, 1.7, {}, Statistics(rounds=10, tokens=26), 2.4)
+    texts = [Statistics(rounds=10, tokens=25, opening=1, drafted=[10])] * 3
+    made = gain("8 rows: plain / drafted", Replayed(found, texts, Costs(0.2, {1: 1.0, 2: 0.8})), 1.7, {})
     assert made.value == pytest.approx(3 / 2)
     assert made.limit == pytest.approx(2.4 * 3 / 4)
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nextlat.data.tokenizer import byte_tokenizer
 from nextlat.decoding import Sampling, Static
 from nextlat.errors import NextLatError
 from nextlat.evaluation.domains import LOCAL, domain_names, domain_prompts
 from nextlat.evaluation.speculative import PLAIN, measure_domain, metrics, ratio
+from nextlat.model.cache import Cache
+from nextlat.model.interfaces import LMOutput
 from tests.decoding.test_speculative import Oracle, prompts, trained
 from tests.evaluation.texts import Stream
 
@@ -50,6 +53,38 @@ def test_a_mix_takes_turns_among_all_kinds() -> None:
     assert len(found) == 7
     for place, prompt in enumerate(found):
         assert torch.equal(prompt, expected[place % 5][place // 5])
+
+
+def test_decoding_is_timed_from_the_first_token_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, clock = trained(), [0.0]
+    lm = objective.as_lm()
+
+    class Clocked:
+        """A prompt takes 100 seconds, any other call one, which packed weights halve."""
+
+        def __init__(self, call: float) -> None:
+            self.call = call
+
+        def __call__(self, tokens: Tensor, cache: Cache | None = None, logits_at: Tensor | None = None) -> LMOutput:
+            assert cache is not None
+            clock[0] += self.call if cache.longest else 100
+            return lm(tokens, cache=cache, logits_at=logits_at)
+
+        def new_cache(self, rows: int, capacity: int) -> Cache:
+            return lm.new_cache(rows, capacity)
+
+    monkeypatch.setattr("nextlat.evaluation.speculative.now", lambda: clock[0])
+    fast, plain = Clocked(0.5), Clocked(1.0)
+    ways = {"0": partial(Static, 0), "2": partial(Static, 2)}
+    arms = measure_domain(fast, objective.drafter(), list(prompts(3)), 12, Sampling(), ways, baseline=plain)  # type: ignore[arg-type]
+    assert arms[PLAIN].seconds == [11.0] * 3
+    assert arms["0"].seconds == [5.5] * 3
+    assert sum(arms["2"].seconds) == arms["2"].statistics.rounds / 2 < 3 * 5.5
+    assert all(arm.prompt_seconds == [100.0] * 3 for arm in arms.values())
+    found = metrics({"x": arms}, Sampling())
+    assert found["x.ratio_0"].value == 2
+    assert found["x.seconds_0"].value == 16.5
+    assert found["x.prompt_seconds_0"].value == 300
 
 
 def test_prompts_of_a_file_come_from_all_of_it(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -17,14 +17,15 @@ from nextlat.bench.replay import Replay, steady
 from nextlat.bench.results import Effort, Result, milliseconds
 from nextlat.decoding.cheap import cheaper, frequent_tokens
 from nextlat.decoding.costs import Costs, measure_costs, parts_of_rounds, priced
-from nextlat.decoding.generate import generate
+from nextlat.decoding.generate import collected, generate
 from nextlat.decoding.packed import packed
 from nextlat.decoding.policies import Static
-from nextlat.decoding.speculative import Statistics
+from nextlat.decoding.sampling import Sampling
+from nextlat.decoding.speculative import Statistics, decode
 from nextlat.model.interfaces import CausalLM, Drafter
 from nextlat.model.trunk import Transformer
 from nextlat.objectives.nextlat import NextLat
-from nextlat.timing import Arm, Timing, compare, interleave, seconds
+from nextlat.timing import Arm, Prepared, Timing, compare, counting, interleave, seconds
 
 SPEEDUPS = {0.8: 2.3, 0.9: 3.2, 0.95: 4.2}
 """Acceptance -> least accepted gain over cached decoding."""
@@ -206,16 +207,11 @@ def dialled(size: Size, context: int, new: int, repetitions: int) -> Iterator[Re
                 note=f"verifying: {curve(costs['plain'])} with plain weights, {curve(costs['packed'])} as decoded",
             )
         for acceptance, target in SPEEDUPS.items() if repetitions else ():
-            found, counted, most = in_turn(
-                plain, fast, cheap, prompts, recorded, acceptance, costs["packed"], repetitions
-            )
-            name = f"decoding, acceptance {acceptance}: plain / drafted"
-            yield gain(name, found, target, setting, counted, most)
-            reached = compare(found["packed"], found["drafted"]).value
+            made = in_turn(plain, fast, cheap, prompts, recorded, acceptance, costs["packed"], repetitions)
+            yield gain(f"decoding, acceptance {acceptance}: plain / drafted", made, target, setting)
             yield share_of_bound(
                 f"share of the bound reached, acceptance {acceptance}",
-                reached,
-                most,
+                made.reached(),
                 setting,
                 timed="in turn with the texts",
             )
@@ -230,10 +226,37 @@ def batched(size: Size, context: int, new: int, repetitions: int) -> Iterator[Re
     cheap = cheaper(objective.drafter(), draft_vocabulary(size, recorded), int8=True)
     with packed(plain) as fast:
         costs = measure_costs(fast, cheap, BATCH, context + new // 2, VERIFIED, budget=3.0)
-        found, counted, most = in_turn(plain, fast, cheap, prompts, recorded, BATCH_ACCEPTANCE, costs, repetitions)
-    name = f"{BATCH} rows, acceptance {BATCH_ACCEPTANCE}: plain / drafted"
+        made = in_turn(plain, fast, cheap, prompts, recorded, BATCH_ACCEPTANCE, costs, repetitions)
     setting = size.setting | {"prompt": context, "new": new, "rows": BATCH}
-    yield gain(name, found, BATCH_SPEEDUP, setting, counted, most)
+    yield gain(f"{BATCH} rows, acceptance {BATCH_ACCEPTANCE}: plain / drafted", made, BATCH_SPEEDUP, setting)
+
+
+class Replayed(NamedTuple):
+    """Texts with drafts of a dialled acceptance, beside the same without."""
+
+    found: dict[str, Timing]
+    """``plain``, ``packed`` and ``drafted`` texts."""
+    texts: list[Statistics]
+    """What the drafts came to, in each repetition."""
+    costs: Costs
+    """Of rounds, timed in turn with the texts."""
+
+    @property
+    def counted(self) -> Statistics:
+        """What they came to in all."""
+        total = Statistics()
+        for text in self.texts:
+            total.add(text)
+        return total
+
+    def reached(self) -> list[tuple[float, float]]:
+        """Gain over plain decoding with packed weights, and its :func:`bound`, of each repetition.
+
+        Luck with the coins moves both alike.
+        """
+        times = zip(counting(self.found["packed"]), counting(self.found["drafted"]), strict=True)
+        gains = [plain / drafted for plain, drafted in times]
+        return [(gain, bound(text, self.costs)) for gain, text in zip(gains, self.texts, strict=True)]
 
 
 def in_turn(
@@ -245,27 +268,26 @@ def in_turn(
     acceptance: float,
     costs: Costs,
     repetitions: int,
-) -> tuple[dict[str, Timing], Statistics, float]:
+) -> Replayed:
     """The recorded text without drafts, with plain and packed weights, and with drafts of the length that costs choose.
+
+    Decoding is timed from the first token on: the call over the prompts, which gives it, is the same in every way.
 
     What rounds with these drafts are made of is timed in turn with the texts, in the middle of one: prices of another
     minute, of which a neighbour had more or less, would make a bound that these texts miss or exceed.
-
-    Returns:
-        what was timed; what the drafts came to; and their :func:`bound`.
     """
     rows, context, new = *prompts.shape, recorded.shape[1]
     length = costs.best_length(acceptance, 16)
-    counted = Statistics()
-    texts: dict[str, Arm] = {
-        "plain": partial(generate, plain, prompts, new),
-        "packed": partial(generate, fast, prompts, new),
-        "drafted": replayed(fast, drafter, prompts, recorded, acceptance, length, counted),
+    counted: list[Statistics] = []
+    texts: dict[str, Arm | Prepared] = {
+        "plain": Prepared(lambda: behind_prompts(plain, prompts, recorded)),
+        "packed": Prepared(lambda: behind_prompts(fast, prompts, recorded)),
+        "drafted": Prepared(replayed(fast, drafter, prompts, recorded, acceptance, length, counted)),
     }
     repeats = max(2, new // 8)  # each of the parts then takes about as long as a text with drafts
     parts = parts_of_rounds(fast, drafter, length, rows, context + new // 2, repeats)
     found = interleave(texts | parts, repetitions)
-    return found, counted, bound(counted, priced(costs, found, length))
+    return Replayed(found, counted[-repetitions:], priced(costs, found, length))  # what came before warmed up
 
 
 def replayed(
@@ -275,18 +297,26 @@ def replayed(
     recorded: Tensor,
     acceptance: float,
     length: int,
-    counted: Statistics,
-) -> Arm:
-    """Decoding with drafts that are right with a probability; other coins every time."""
-    seeds = iter(range(10**6))
+    counted: list[Statistics],
+) -> Callable[[], Arm]:
+    """Makes arms that decode with drafts that are right with a probability; other coins, and counts, every time."""
+
+    def prepare() -> Arm:
+        drafts = Replay(drafter, recorded, steady(acceptance), seed=len(counted))
+        counted.append(Statistics())
+        return behind_prompts(lm, prompts, recorded, drafter=drafts, policy=Static(length), statistics=counted[-1])
+
+    return prepare
+
+
+def behind_prompts(lm: CausalLM, prompts: Tensor, recorded: Tensor, **options: Any) -> Arm:
+    """Decoding of the recorded text from its second token on; the first is made here and now."""
+    rounds = decode(lm, prompts, recorded.shape[1], Sampling(), **options)
+    opening = next(rounds)
 
     def arm() -> None:
-        drafts = Replay(drafter, recorded, steady(acceptance), next(seeds))
-        made = Statistics()
-        out = generate(lm, prompts, recorded.shape[1], drafter=drafts, policy=Static(length), statistics=made)
-        counted.add(made)
-        if not torch.equal(out, recorded):
-            raise AssertionError("the text with drafts is not the text without")
+        if not torch.equal(collected([opening, *rounds], *recorded.shape), recorded):
+            raise AssertionError("what is decoded is not the text that was recorded")
 
     return arm
 
@@ -303,27 +333,31 @@ def bound(counted: Statistics, costs: Costs) -> float:
 
 
 def share_of_bound(
-    name: str, reached: float, most: float, setting: dict[str, Any], timed: str = "beforehand"
+    name: str, reached: Sequence[tuple[float, float]], setting: dict[str, Any], timed: str = "beforehand"
 ) -> Result:
-    """How much of :func:`bound` is left when everything is timed; ``timed`` is when its prices were."""
+    """How much of :func:`bound` is left when everything is timed.
+
+    Args:
+        name: of the result.
+        reached: gain and bound of each repetition.
+        setting: for the table.
+        timed: when the prices of the bound were.
+    """
+    gains, bounds = zip(*reached, strict=True)
     return Result(
         name,
-        reached / most,
+        median(gain / most for gain, most in reached),
         EFFICIENCY,
         setting=setting,
-        of=f"{reached:.2f}/{most:.2f}",
+        of=f"{median(gains):.2f}/{median(bounds):.2f}",
         note=f"bound: tokens per round over the cost of drafting and verifying them, timed {timed}; it is set beside "
         "the gain over plain decoding with the weights that drafts get, packed where that pays",
     )
 
 
-def gain(
-    name: str, found: dict[str, Timing], target: float, setting: dict[str, int], counted: Statistics, most: float
-) -> Result:
-    """What drafts gain over decoding without, with plain or packed weights, whichever is faster; and what was kept.
-
-    ``most`` is the :func:`bound` over packed weights.
-    """
+def gain(name: str, made: Replayed, target: float, setting: dict[str, int]) -> Result:
+    """What drafts gain over decoding without, with plain or packed weights, whichever is faster; and what was kept."""
+    found, counted = made.found, made.counted
     baseline = min("plain", "packed", key=lambda arm: seconds(found[arm]))
     ratio = compare(found[baseline], found["drafted"])
     return Result(
@@ -332,7 +366,7 @@ def gain(
         target,
         wall=ratio.wall,
         spread=(ratio.low, ratio.high),
-        limit=most * seconds(found[baseline]) / seconds(found["packed"]),
+        limit=bound(counted, made.costs) * seconds(found[baseline]) / seconds(found["packed"]),
         of=milliseconds(seconds(found[baseline]), seconds(found["drafted"])),
         setting=setting,
         note=f"{name.partition(':')[0]}: over {baseline} weights; {len(counted.drafted)} drafted, "

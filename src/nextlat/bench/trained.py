@@ -277,7 +277,7 @@ def on_domain(one: Contender, domain: str, temperature: float) -> Iterator[Resul
     about = setting(one, temperature) | {"text": domain}
     best = one.best[domain]
     kept, moved = arms[best].statistics, arms[LEARNED].statistics
-    speed = kept.tokens / spent(arms[best])
+    speed = decoded(arms[best]) / spent(arms[best])
     yield Result(
         f"plain / drafts of {best}, the best fixed length",
         ratio(arms, best),
@@ -290,7 +290,7 @@ def on_domain(one: Contender, domain: str, temperature: float) -> Iterator[Resul
     )
     if best != "0":
         reached = spent(arms["0"]) / spent(arms[best])
-        yield share_of_bound("share of the bound reached", reached, bound(kept, one.costs), about)
+        yield share_of_bound("share of the bound reached", [(reached, bound(kept, one.costs))], about)
     for way in (ADAPTIVE, LEARNED):
         yield Result(f"plain / {way}", ratio(arms, way), setting=about)
         yield Result(
@@ -367,8 +367,7 @@ def best_speed(found: Found) -> tuple[str, float]:
     """The way with the most tokens per second over all domains, and how many; ``plain`` is one of them."""
     ways = next(iter(found.values()))
     speeds = {
-        way: sum(arms[way].statistics.tokens for arms in found.values())
-        / sum(spent(arms[way]) for arms in found.values())
+        way: sum(decoded(arms[way]) for arms in found.values()) / sum(spent(arms[way]) for arms in found.values())
         for way in ways
     }
     best = max(speeds, key=lambda way: speeds[way])
@@ -386,8 +385,13 @@ def best_static(arms: Mapping[str, Arm]) -> str:
 
 
 def spent(arm: Arm) -> float:
-    """Seconds over all prompts."""
+    """Seconds over all prompts, behind the first token of each."""
     return sum(arm.seconds)
+
+
+def decoded(arm: Arm) -> int:
+    """Tokens that were made in these."""
+    return arm.statistics.tokens - arm.statistics.opening
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from nextlat.decoding.policies import Policy
 from nextlat.decoding.sampling import Sampling
-from nextlat.decoding.speculative import Statistics, decode
+from nextlat.decoding.speculative import Statistics, Step, decode
 from nextlat.decoding.tree import Tree
 from nextlat.model.interfaces import CausalLM, Drafter
 
@@ -55,8 +55,7 @@ def generate(
     Raises:
         NextLatError: what is asked for is out of range; the message says what, and the limit.
     """
-    found: list[list[int]] = [[] for _ in range(len(prompts))]
-    for step in decode(
+    rounds = decode(
         lm,
         prompts,
         max_new_tokens,
@@ -69,8 +68,14 @@ def generate(
         context_length=context_length,
         generator=generator,
         statistics=statistics,
-    ):
+    )
+    return collected(rounds, len(prompts), max_new_tokens).to(prompts.device)
+
+
+def collected(rounds: Iterable[Step], rows: int, length: int) -> Tensor:
+    """(rows, length) int64 of what :func:`nextlat.decoding.speculative.decode` yields; short rows repeat their last."""
+    found: list[list[int]] = [[] for _ in range(rows)]
+    for step in rounds:
         for row, tokens in step:
             found[row] += tokens
-    filled = [row + row[-1:] * (max_new_tokens - len(row)) for row in found]
-    return torch.tensor(filled, device=prompts.device)
+    return torch.tensor([row + row[-1:] * (length - len(row)) for row in found])

@@ -18,6 +18,9 @@ from nextlat.decoding.verification import Verification, find_verification
 from nextlat.errors import NextLatError
 from nextlat.model.interfaces import CausalLM, Drafter, LMOutput
 
+Step = list[tuple[int, list[int]]]
+"""(row, its new tokens) of a round, or of the call over the prompts; rows that gained none are left out."""
+
 
 @dataclass
 class Statistics:
@@ -108,7 +111,7 @@ def decode(
     context_length: int | None = None,
     generator: torch.Generator | None = None,
     statistics: Statistics | None = None,
-) -> Iterator[list[tuple[int, list[int]]]]:
+) -> Iterator[Step]:
     """Continue prompts, yielding tokens as they are known.
 
     Each round drafts some tokens, has the model judge them in one call, keeps a beginning of them and adds the token
@@ -130,7 +133,7 @@ def decode(
         statistics: filled while decoding.
 
     Yields:
-        for each round, (row, new tokens) of the rows that gained some.
+        the first token of each row, which the call over the prompts gives; then, for each round, what rows gained.
 
     Raises:
         NextLatError: an empty prompt, a length or a token out of range, a draft longer than the drafter makes, or a
@@ -173,7 +176,7 @@ def _rounds(
     stop_tokens: Collection[int],
     generator: torch.Generator | None,
     statistics: Statistics,
-) -> Iterator[list[tuple[int, list[int]]]]:
+) -> Iterator[Step]:
     rows = [_Row(number, max_new_tokens, stop_tokens) for number in range(len(prompts))]
     device = prompts.device
 
@@ -234,7 +237,7 @@ def _states(output: LMOutput, places: Tensor) -> Tensor:
     return output.hidden[torch.arange(len(places), device=places.device), places]
 
 
-def _emit(rows: list[_Row], news: list[list[int]], statistics: Statistics) -> list[tuple[int, list[int]]]:
+def _emit(rows: list[_Row], news: list[list[int]], statistics: Statistics) -> Step:
     out = []
     for row, new in zip(rows, news, strict=True):
         taken = row.take(new)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nextlat.decoding.generate import generate
+from nextlat.decoding.generate import collected
 from nextlat.decoding.policies import Policy
 from nextlat.decoding.sampling import Sampling
-from nextlat.decoding.speculative import Statistics
+from nextlat.decoding.speculative import Statistics, decode
 from nextlat.decoding.tree import Tree
 from nextlat.model.interfaces import CausalLM, Drafter
 from nextlat.statistics import Metric, mean_interval
@@ -26,7 +26,9 @@ class Arm:
 
     statistics: Statistics = field(default_factory=Statistics)
     seconds: list[float] = field(default_factory=list)
-    """Of each prompt: processor time with one thread, else wall time."""
+    """Of each continuation from its first token on: processor time with one thread, else wall time."""
+    prompt_seconds: list[float] = field(default_factory=list)
+    """Of the call over each prompt, which gives the first token; no way of drafting makes it faster."""
     accepted: list[float] = field(default_factory=list)
     """Drafted tokens kept per round, of each prompt; the token that every round yields anyway is not counted."""
     different: int = 0
@@ -75,24 +77,26 @@ def measure_domain(
             policy, counted = made[name], Statistics()
             g = torch.Generator().manual_seed(number)
             began = now()
-            texts[name] = generate(
+            rounds = decode(
                 lm if policy is not None or baseline is None else baseline,
                 prompt[None],
                 max_new_tokens,
-                sampling.temperature,
-                g,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
+                sampling,
                 drafter=None if policy is None else drafter,
                 policy=policy,
                 stop_tokens=stop_tokens,
+                generator=g,
                 statistics=counted,
             )
-            spent = now() - began
+            opening = next(rounds)
+            opened = now()
+            texts[name] = collected([opening, *rounds], 1, max_new_tokens)
+            ended = now()
             if number:
                 arm = arms[name]
                 arm.statistics.add(counted)
-                arm.seconds.append(spent)
+                arm.prompt_seconds.append(opened - began)
+                arm.seconds.append(ended - opened)
                 arm.accepted.append(sum(counted.accepted) / max(counted.rounds, 1))
         for name, arm in arms.items():
             arm.different += bool(number) and not torch.equal(texts[name], texts[PLAIN])
@@ -111,6 +115,7 @@ def metrics(domains: Mapping[str, Mapping[str, Arm]], sampling: Sampling) -> dic
         for name, arm in arms.items():
             counted, n = arm.statistics, len(arm.seconds)
             out[f"{domain}.seconds_{name}"] = Metric(sum(arm.seconds), n=n)
+            out[f"{domain}.prompt_seconds_{name}"] = Metric(sum(arm.prompt_seconds), n=n)
             if name == PLAIN:
                 continue
             out[f"{domain}.ratio_{name}"] = Metric(ratio(arms, name), n=n, chance=1.0)
@@ -125,5 +130,5 @@ def metrics(domains: Mapping[str, Mapping[str, Arm]], sampling: Sampling) -> dic
 
 
 def ratio(arms: Mapping[str, Arm], name: str) -> float:
-    """Time of cached decoding over that of a way."""
+    """Time of cached decoding over that of a way, both from the first token on."""
     return sum(arms[PLAIN].seconds) / sum(arms[name].seconds)
