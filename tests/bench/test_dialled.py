@@ -42,7 +42,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
                     arm = arm.arm()
                     arm_of[0] = within
                 arm()
-        return {name: Timing((TOOK[name],) * repetitions, (TOOK[name],) * repetitions) for name in arms}
+        took = {name: TOOK[name.split()[0]] for name in arms}
+        return {name: Timing((value,) * repetitions, (value,) * repetitions) for name, value in took.items()}
 
     monkeypatch.setattr(Packed, "__call__", watched)
     monkeypatch.setattr(decode, "interleave", interleave)
@@ -63,10 +64,9 @@ def test_the_limit_of_dialled_drafts_is_that_of_prices_timed_with_them(calls: di
     check_parts(calls, 1)
     assert found["decoding, acceptance 1.0: plain / drafted"].limit == pytest.approx(LIMIT)
     # the first token comes with the prompt, and is not timed
-    prompts = [((1, CONTEXT), [CONTEXT])] * 2
-    assert [shape for shape, _ in calls["prompts"]][-2:] == [shape for shape, _ in prompts]
+    assert [shape for shape, _ in calls["prompts"]] == [(1, CONTEXT)] * (1 + decode.COINS)
     assert len(calls["packed"]) == NEW - 1
-    assert len(calls["drafted"]) == 7
+    assert [len(calls[f"drafted {number}"]) for number in range(decode.COINS)] == [7] * decode.COINS
     share = found["share of the bound reached, acceptance 1.0"]
     assert share.value == pytest.approx((24 / 9) / LIMIT)
     assert "timed in turn" in share.note
@@ -84,6 +84,11 @@ def test_luck_with_the_coins_moves_gain_and_bound_of_a_repetition_alike() -> Non
     assert made.reached() == [(1.5, pytest.approx(2.0)), (0.9, pytest.approx(1.0))]
     assert made.counted == Statistics(rounds=15, tokens=42, opening=2, drafted=[15, 15, 15])
     assert decode.share_of_bound("share", made.reached(), {}).value == pytest.approx((0.75 + 0.9) / 2)
+
+
+def test_texts_with_drafts_stand_beside_those_without_of_their_turn() -> None:
+    first, second = Timing((1.0, 2.0), (5.0, 6.0)), Timing((3.0, 4.0), (7.0, 8.0))
+    assert decode.side_by_side([first, second]) == Timing((1.0, 3.0, 2.0, 4.0), (5.0, 7.0, 6.0, 8.0))
 
 
 def test_texts_that_are_not_the_recorded_one_are_noticed() -> None:

@@ -31,6 +31,8 @@ SPEEDUPS = {0.8: 2.3, 0.9: 3.2, 0.95: 4.2}
 """Acceptance -> least accepted gain over cached decoding."""
 EFFICIENCY = 0.9
 """Least accepted share of the bound that is reached."""
+COINS = 3
+"""Texts with drafts for each without: the former depend on luck."""
 BATCH, BATCH_ACCEPTANCE, BATCH_SPEEDUP = 8, 0.8, 1.7
 DRAFT_COST = 0.05
 VERIFIED = (2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -235,9 +237,9 @@ class Replayed(NamedTuple):
     """Texts with drafts of a dialled acceptance, beside the same without."""
 
     found: dict[str, Timing]
-    """``plain``, ``packed`` and ``drafted`` texts."""
+    """``drafted`` texts, and beside each the ``plain`` and ``packed`` one of its turn."""
     texts: list[Statistics]
-    """What the drafts came to, in each repetition."""
+    """What the drafts came to, in each of them."""
     costs: Costs
     """Of rounds, timed in turn with the texts."""
 
@@ -250,7 +252,7 @@ class Replayed(NamedTuple):
         return total
 
     def reached(self) -> list[tuple[float, float]]:
-        """Gain over plain decoding with packed weights, and its :func:`bound`, of each repetition.
+        """Gain over plain decoding with packed weights, and its :func:`bound`, of each text.
 
         Luck with the coins moves both alike.
         """
@@ -282,12 +284,21 @@ def in_turn(
     texts: dict[str, Arm | Prepared] = {
         "plain": Prepared(lambda: behind_prompts(plain, prompts, recorded)),
         "packed": Prepared(lambda: behind_prompts(fast, prompts, recorded)),
-        "drafted": Prepared(replayed(fast, drafter, prompts, recorded, acceptance, length, counted)),
     }
+    drafted = replayed(fast, drafter, prompts, recorded, acceptance, length, counted)
+    texts |= {f"drafted {number}": Prepared(drafted) for number in range(COINS)}
     repeats = max(2, new // 8)  # each of the parts then takes about as long as a text with drafts
     parts = parts_of_rounds(fast, drafter, length, rows, context + new // 2, repeats)
     found = interleave(texts | parts, repetitions)
-    return Replayed(found, counted[-repetitions:], priced(costs, found, length))  # what came before warmed up
+    beside = {name: side_by_side([found[name]] * COINS) for name in ("plain", "packed")}
+    beside["drafted"] = side_by_side([found[f"drafted {number}"] for number in range(COINS)])
+    return Replayed(beside, counted[-repetitions * COINS :], priced(costs, found, length))  # those before warmed up
+
+
+def side_by_side(timings: Sequence[Timing]) -> Timing:
+    """The seconds of several arms in the order that they took turns in."""
+    cpu, wall = ([x for turn in zip(*times, strict=True) for x in turn] for times in zip(*timings, strict=True))
+    return Timing(tuple(cpu), tuple(wall))
 
 
 def replayed(
