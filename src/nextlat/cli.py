@@ -193,6 +193,13 @@ def fit_acceptance(
     run: Annotated[Path, typer.Argument(help="A run directory of nextlat, mtp or jtp.")],
     temperature: Annotated[float, typer.Option(min=0, help="Of the text that is drafted; 0 is greedy.")] = 0.0,
     prompts: Annotated[int, typer.Option(min=3, help="Texts to continue; a fifth of them is only measured on.")] = 4096,
+    domains: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Kinds of text beside the training data that drafts will be of: prose, code, documentation, "
+            "arithmetic, or files and folders of text; of every four documents one is kept for measuring."
+        ),
+    ] = None,
     length: Annotated[int, typer.Option(min=1, help="Of the drafts, at most what the drafter makes.")] = 16,
     steps: Annotated[
         Optional[int], typer.Option(min=1, help="Of the fit; by default they grow with the number of drafts.")  # noqa: UP045
@@ -202,7 +209,7 @@ def fit_acceptance(
     """Fit a small network that foresees which drafted tokens are kept; writes RUN/posthoc/acceptance.safetensors."""
     from nextlat.commands import fit_acceptance_command
 
-    fit_acceptance_command(run, temperature, prompts, length, steps, device)
+    fit_acceptance_command(run, temperature, prompts, domains, length, steps, device)
 
 
 @app.command()

@@ -153,13 +153,20 @@ def fit_dynamics_command(
 
 
 def fit_acceptance_command(
-    run: Path, temperature: float, prompts: int, length: int, steps: int | None, device: str | None
+    run: Path,
+    temperature: float,
+    prompts: int,
+    domains: str | None,
+    length: int,
+    steps: int | None,
+    device: str | None,
 ) -> None:
     """Fit an acceptance head and say how well calibrated it is on held-out drafts."""
     from nextlat.training.acceptance import fit_acceptance
     from nextlat.training.trained import load_run
 
-    path, fit = fit_acceptance(load_run(run, device), temperature, prompts, length, steps)
+    kinds = [name.strip() for name in domains.split(",")] if domains else []
+    path, fit = fit_acceptance(load_run(run, device), temperature, prompts, length, steps, kinds)
     print(f"fitted to {fit.examples} drafts, measured on {fit.held_out} of other prompts")
     table = Table(box=None, pad_edge=False)
     for column in ("chances from", "log loss", "Brier score"):

@@ -356,7 +356,7 @@ def test_what_was_fitted_is_saved_and_read_back(finished: dict[str, Path], capsy
     assert torch.equal(head.embedding, load_run(run).built.objective.model.embedding_weight)
     assert not any(parameter.requires_grad for parameter in head.parameters())
 
-    fit_acceptance_command(run, 0.0, 10, 3, None, None)
+    fit_acceptance_command(run, 0.0, 10, None, 3, None, None)
     assert acceptance_head(load_run(run), 0.0).length == 3
     with pytest.raises(NextLatError, match=r"fitted at temperature 0, and this is temperature 0\.7; fit it"):
         acceptance_head(load_run(run), 0.7)
@@ -376,7 +376,7 @@ def test_a_head_that_is_worse_than_positions_is_pointed_out(
 ) -> None:
     made = Fit(AcceptanceHead(EMBEDDING, 1, 1), Calibration(loss, 0.1), Calibration(0.5, 0.1), 8, 2)
     monkeypatch.setattr("nextlat.training.acceptance.fit_acceptance", lambda *_: (Path("head"), made))
-    fit_acceptance_command(finished["nextlat"], 0.0, 10, 1, None, None)
+    fit_acceptance_command(finished["nextlat"], 0.0, 10, None, 1, None, None)
     assert ("fit it to more than 10 of them" in capsys.readouterr().out) == (loss > 0.5)
 
 

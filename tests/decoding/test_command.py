@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from typer.testing import CliRunner
 from nextlat import generate, tasks
 from nextlat.cli import app
 from nextlat.decoding.command import CheapDrafts, spared
+from nextlat.decoding.foresight import collect
 from nextlat.hf.tokenizer import task_tokenizer
+from nextlat.training import acceptance
 from nextlat.training.trained import load_run
 from tests.hf.models import TextTask, text_config
 from tests.tiny import run_whole, tiny
@@ -171,6 +174,34 @@ def test_a_survey_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "arithmetic, 6 prompt tokens" in out
     assert "code, 6 prompt tokens" in out
     assert "differ" not in out
+
+
+def test_a_head_is_fitted_to_the_training_data_and_to_other_kinds_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[tuple[torch.Tensor, int]]] = []
+
+    def watched(lm: Any, drafter: Any, prompts: Any, *rest: Any) -> Any:
+        seen.append(prompts)
+        return collect(lm, drafter, prompts, *rest)
+
+    monkeypatch.setitem(tasks.TASKS, "text", TextTask)
+    monkeypatch.setattr(acceptance, "collect", watched)
+    run = run_whole(text_config("training.steps=3"), tmp_path / "runs")
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(8):
+        (corpus / f"{number}.txt").write_text(f"{number}" * 60, encoding="utf-8")
+    out = said("fit-acceptance", run, "--domains", f"{corpus}, arithmetic", "--prompts", "12", "--steps", "2")
+    assert "measured on" in out
+    kinds = [chr(prompt[-1]) if prompt[-1] < 256 else "end" for prompt, _ in seen[0]]
+    mine = [place for place, kind in enumerate(kinds) if kind in "123567" and len(set(seen[0][place][0].tolist())) < 3]
+    assert len(kinds) == 12
+    assert len(mine) == 4
+    assert min(mine) < 4 < max(mine)  # in no order, so that all kinds are fitted to and measured on
+    assert {(len(prompt), new) for prompt, new in seen[0]} == {(12, 12)}
+    assert acceptance.acceptance_head(load_run(run), 0.0).length == 16
+    assert "'held_out' is only measured on" in str(call("fit-acceptance", run, "--domains", "held_out").exception)
 
 
 def test_runs_are_set_against_each_other(kept: dict[str, Path], tmp_path: Path) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from nextlat.data.text import hold_out
 from nextlat.data.tokenizer import byte_tokenizer
 from nextlat.decoding import Sampling, Static
 from nextlat.errors import NextLatError
-from nextlat.evaluation.domains import LOCAL, domain_names, domain_prompts
+from nextlat.evaluation.domains import LOCAL, domain_names, domain_prompts, fitting_prompts
 from nextlat.evaluation.speculative import PLAIN, measure_domain, metrics, ratio
 from nextlat.model.cache import Cache
 from nextlat.model.interfaces import LMOutput
+from nextlat.tasks.text import TextOptions
 from tests.decoding.test_speculative import Oracle, prompts, trained
 from tests.evaluation.texts import Stream
 
@@ -95,12 +98,47 @@ def test_prompts_of_a_file_come_from_all_of_it(tmp_path: Path) -> None:
     assert found[-1].tolist() == list(b"efghi")
 
 
+def test_what_is_fitted_to_a_domain_comes_from_other_documents_than_what_is_measured(tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(f"{number}" * 24, encoding="utf-8")
+    measured = domain_prompts(str(tmp_path), TASK, TOKENIZER, 6, 12, Path())
+    fitted = fitting_prompts(str(tmp_path), TASK, TOKENIZER, 100, 12, Path())
+    assert {chr(prompt[-1]) for prompt in measured} == set("048")
+    assert {chr(prompt[-1]) for prompt in fitted} == set("123567")
+    assert len(fitted) == 12  # all there are, two to a document
+    assert len(fitting_prompts(str(tmp_path), TASK, TOKENIZER, 5, 12, Path())) == 5
+    # the kinds are no longer in order
+    assert [int(chr(prompt[-1])) for prompt in fitted] != sorted(int(chr(prompt[-1])) for prompt in fitted)
+    with pytest.raises(NextLatError, match=r"has no prompt of 12 tokens beside the documents that are measured on"):
+        fitting_prompts(str(tmp_path / "0.txt"), TASK, TOKENIZER, 5, 12, Path())
+    for name in ("held_out", "mixed"):
+        with pytest.raises(NextLatError, match=f"'{name}' is only measured on; fit to prose"):
+            fitting_prompts(name, TASK, TOKENIZER, 5, 12, Path())
+    with pytest.raises(NextLatError, match="no tokenizer"):
+        fitting_prompts("code", TASK, None, 5, 12, Path())
+
+
+def test_of_the_corpus_that_a_task_trains_on_the_held_out_part_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [f"{number:02d}" * 12 for number in range(40)]
+    monkeypatch.setattr("nextlat.evaluation.domains.corpus_of", lambda domain: "python")
+    monkeypatch.setattr(
+        "nextlat.evaluation.domains.find_corpus", lambda name: SimpleNamespace(documents=lambda: documents)
+    )
+    options = TextOptions.model_construct(source="python", validation_share=0.3)
+    task: Any = SimpleNamespace(options=options)
+    held = {text for split, text in hold_out(documents, 0.3) if split == "validation"}
+    assert 4 < len(held) < 20
+    for expected, find in ((held, domain_prompts), (set(documents) - held, fitting_prompts)):
+        found = find("code", task, TOKENIZER, len(expected), 25, Path())
+        assert {TOKENIZER.decode(prompt.tolist()[1:]) for prompt in found} == expected
+
+
 @pytest.mark.parametrize(
     ("name", "tokenizer", "count", "said"),
     [
         ("poetry", TOKENIZER, 1, "unknown domain 'poetry'; choose held_out, prose"),
-        ("code", None, 1, "no tokenizer; measure held_out"),
-        ("mixed", None, 1, "no tokenizer; measure held_out"),
+        ("code", None, 1, "no tokenizer; use its own data alone"),
+        ("mixed", None, 1, "no tokenizer; use its own data alone"),
         ("documentation", TOKENIZER, 10**6, "ask for no more than that"),
         ("held_out", None, 1000, "1000 prompts are asked for"),
     ],

@@ -80,8 +80,10 @@ class Plan(NamedTuple):
     """Likewise."""
     trained: Small
     """A model to train on the spot."""
-    survey: tuple[int, int, int]
-    """Prompts of each domain for trained models, passes, and texts that their acceptance heads are fitted to."""
+    here: tuple[int, int, int]
+    """How much is measured of it: prompts of each domain, passes, and texts that its acceptance heads are fitted to."""
+    runs: tuple[int, int, int]
+    """Likewise of runs that are given."""
 
 
 LARGE, SMALL = Size(12, 768, 12, 50_257, 4_096), Size(8, 768, 12, 1_000, 1_000)
@@ -94,7 +96,8 @@ PLANS: dict[Effort, Plan] = {
         ((LARGE, 64, 96, 3), (SMALL, 64, 192, 5)),
         (SMALL, 64, 64, 5),
         Small("fineweb_edu/mini", 600, ()),
-        (8, 2, 4096),
+        (4, 2, 2048),
+        (8, 2, 8192),
     ),
     "quick": Plan(
         (LARGE, (257, 512), 3),
@@ -102,12 +105,14 @@ PLANS: dict[Effort, Plan] = {
         (SMALL, 64, 32, 2),
         Small("fineweb_edu/mini", 120, ("training.warmup_steps=30", "training.decay_steps=60")),
         (2, 1, 96),
+        (2, 1, 96),
     ),
     "tiny": Plan(
         (TINY, (5, 8), 2),
         ((TINY, 6, 8, 0), (TINY, 6, 8, 2)),
         (TINY, 4, 6, 2),
         Small("path_star/mini", 2, ("model.width=16", "model.n_layers=1", "model.n_heads=2", "data.test_size=40")),
+        (1, 2, 6),
         (1, 2, 6),
     ),
 }
@@ -119,7 +124,7 @@ def run(effort: Effort, runs: Sequence[Path] = ()) -> Iterator[Result]:
 
     plan = PLANS[effort]
     if runs:
-        yield from compare_runs(runs, Survey(*plan.survey))
+        yield from compare_runs(runs, Survey(*plan.runs))
         return
     if plan.cache is not None:
         yield from cached(*plan.cache)
@@ -128,7 +133,7 @@ def run(effort: Effort, runs: Sequence[Path] = ()) -> Iterator[Result]:
     if plan.batched is not None:
         yield from batched(*plan.batched)
     with trained_here(plan.trained) as path:
-        yield from compare_runs([path], Survey(*plan.survey))
+        yield from compare_runs([path], Survey(*plan.here))
 
 
 @torch.inference_mode()

@@ -29,7 +29,7 @@ from nextlat.decoding.generate import generate
 from nextlat.decoding.policies import Policy, Static
 from nextlat.decoding.sampling import Sampling
 from nextlat.errors import NextLatError
-from nextlat.evaluation.domains import domain_names, domain_prompts
+from nextlat.evaluation.domains import LOCAL, domain_names, domain_prompts
 from nextlat.evaluation.speculative import PLAIN, Arm, measure_domain, ratio
 from nextlat.hf.tokenizer import task_tokenizer
 from nextlat.model.interfaces import CausalLM, Drafter
@@ -105,7 +105,8 @@ class Survey(NamedTuple):
     passes: int
     """How often all ways are tried; of each text and way the fastest counts. The best are timed anew twice as often."""
     fitted: int
-    """Texts of the training data that acceptance heads are fitted to."""
+    """Texts that acceptance heads are fitted to: of the training data, and of the kinds that are measured on, but other
+    documents."""
 
 
 def compare_runs(paths: Sequence[Path], size: Survey) -> Iterator[Result]:
@@ -153,7 +154,9 @@ def contender(trained: Trained, sampling: Sampling, fitted: int) -> Contender:
     drafter = need_drafter(trained)
     length = trained.built.task.sequence_length
     fast, costs = prepared(trained, drafter, length * 3 // 4, sampling)  # between half a row of prompt and a whole row
-    fit = fitted_head(trained, drafter, sampling.temperature, fitted)
+    task = trained.built.task
+    kinds = [name for name in domain_names(task, task_tokenizer(task)) if name in LOCAL]
+    fit = fitted_head(trained, drafter, sampling.temperature, fitted, domains=kinds)
     return Contender(trained.config.objective, trained, fast, drafter, costs, fit, {}, {}, {})
 
 

@@ -20,6 +20,8 @@ from nextlat.tasks.text import TextOptions
 
 DOCUMENTS = 2000
 """At most so many documents of a domain are read."""
+MEASURED = 4
+"""The first of every so many documents is measured on; what is fitted to a domain sees the others."""
 
 
 def arithmetic() -> Iterator[str]:
@@ -94,22 +96,56 @@ def domain_prompts(
     """
     if name == "held_out":
         return _held_out(task, count, length)
-    if tokenizer is None:
-        raise NextLatError(f"domain {name!r} is text, and this task has no tokenizer; measure held_out")
+    tokenizer = need_tokenizer(name, tokenizer)
     if name == MIXED:
         kinds = ("held_out", *LOCAL)
         each = -(-count // len(kinds))
         made = [domain_prompts(kind, task, tokenizer, each, length, folder) for kind in kinds]
         return [prompt for together in zip(*made, strict=True) for prompt in together][:count]
-    windows = []
-    end = [] if tokenizer.end_token is None else [tokenizer.end_token]
-    for text in islice(_texts(name, task, folder), DOCUMENTS):
-        tokens = [*end, *tokenizer.encode(text)]
-        windows += [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
+    windows = list(_windows(name, task, tokenizer, length, folder, measured=True))
     if len(windows) < count:
-        raise NextLatError(f"domain {name!r} has {len(windows)} prompts of {length} tokens; ask for no more than that")
+        raise NextLatError(
+            f"domain {name!r} has {len(windows)} prompts of {length} tokens in the documents that are kept for "
+            "measuring; ask for no more than that"
+        )
     chosen = random.Random(0).sample(range(len(windows)), count)
     return [torch.tensor(windows[i]) for i in sorted(chosen)]
+
+
+def fitting_prompts(
+    name: str, task: Task, tokenizer: Tokenizer | None, count: int, length: int, folder: Path
+) -> list[Tensor]:
+    """Prompts of a domain, or as many as it has, from documents of which :func:`domain_prompts` gives none.
+
+    Raises:
+        NextLatError: no such domain, one of which nothing is left, or a task without text.
+    """
+    if name in ("held_out", MIXED):
+        raise NextLatError(f"domain {name!r} is only measured on; fit to {', '.join(LOCAL)}, or to a path of text")
+    windows = list(_windows(name, task, need_tokenizer(name, tokenizer), length, folder, measured=False))
+    if not windows:
+        raise NextLatError(
+            f"domain {name!r} has no prompt of {length} tokens beside the documents that are measured on, the first of "
+            f"every {MEASURED}; give text of more documents"
+        )
+    return [torch.tensor(window) for window in random.Random(0).sample(windows, min(count, len(windows)))]
+
+
+def need_tokenizer(name: str, tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer, or an error that says why the domain cannot be had."""
+    if tokenizer is None:
+        raise NextLatError(f"domain {name!r} is text, and this task has no tokenizer; use its own data alone")
+    return tokenizer
+
+
+def _windows(
+    name: str, task: Task, tokenizer: Tokenizer, length: int, folder: Path, measured: bool
+) -> Iterator[list[int]]:
+    """Stretches of a domain's documents, of those that are measured on or of the others."""
+    end = [] if tokenizer.end_token is None else [tokenizer.end_token]
+    for text in islice(_texts(name, task, folder, measured), DOCUMENTS):
+        tokens = [*end, *tokenizer.encode(text)]
+        yield from (tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length))
 
 
 def _held_out(task: Task, count: int, length: int) -> list[Tensor]:
@@ -123,15 +159,20 @@ def _held_out(task: Task, count: int, length: int) -> list[Tensor]:
     raise NextLatError(f"the held-out part has {len(found)} rows and {count} prompts are asked for; ask for fewer")
 
 
-def _texts(name: str, task: Task, folder: Path) -> Iterator[str]:
+def _texts(name: str, task: Task, folder: Path, measured: bool) -> Iterator[str]:
+    """Documents to measure on, or others; of the corpus that a task trains on, its held-out part or the rest."""
+    options, corpus = getattr(task, "options", None), corpus_of(name)
+    if corpus is not None and isinstance(options, TextOptions) and options.source == corpus:
+        parts = hold_out(find_corpus(corpus).documents(), options.validation_share)
+        return (text for split, text in parts if (split == "validation") == measured)
+    every = enumerate(_documents(name, folder))
+    return (text for number, text in every if (number % MEASURED == 0) == measured)
+
+
+def _documents(name: str, folder: Path) -> Iterator[str]:
     if name in LOCAL:
         corpus = corpus_of(name)
-        if corpus is None:
-            return arithmetic()
-        documents, options = find_corpus(corpus).documents(), getattr(task, "options", None)
-        if not isinstance(options, TextOptions) or options.source != corpus:
-            return documents
-        return (text for split, text in hold_out(documents, options.validation_share) if split == "validation")
+        return arithmetic() if corpus is None else find_corpus(corpus).documents()
     if name in HUB:
         from nextlat.data.download import download, hub_files
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from nextlat.decoding.acceptance import AcceptanceHead
 from nextlat.decoding.foresight import Fit, collect, fit
 from nextlat.decoding.sampling import Sampling
 from nextlat.errors import NextLatError
+from nextlat.evaluation.domains import fitting_prompts
 from nextlat.files import explained, write_bytes
+from nextlat.hf.tokenizer import task_tokenizer
 from nextlat.model.interfaces import Drafter
 from nextlat.tasks import Prompted
 from nextlat.tasks.base import Task
@@ -38,15 +41,16 @@ def fit_acceptance(
     prompts: int = PROMPTS,
     length: int = LENGTH,
     steps: int | None = None,
+    domains: Sequence[str] = (),
 ) -> tuple[Path, Fit]:
     """Fit a head with :func:`fitted_head` and write it beside the run.
 
     Returns:
         the file written, and the head with its calibration on held-out drafts.
     """
-    found = fitted_head(trained, need_drafts(trained), temperature, prompts, length, steps)
+    found = fitted_head(trained, need_drafts(trained), temperature, prompts, length, steps, domains)
     path = acceptance_path(trained.path)
-    about = {"model_step": trained.step, "temperature": temperature, "length": length}
+    about = {"model_step": trained.step, "temperature": temperature, "length": length, "domains": list(domains)}
     with explained("creating", path.parent):
         path.parent.mkdir(exist_ok=True)
     weights = {name: value.contiguous().cpu() for name, value in found.head.state_dict().items()}
@@ -61,16 +65,19 @@ def fitted_head(
     prompts: int = PROMPTS,
     length: int = LENGTH,
     steps: int | None = None,
+    domains: Sequence[str] = (),
 ) -> Fit:
-    """Fit a head to drafts behind prompts of the training data.
+    """Fit a head to drafts behind prompts of the training data, and of other kinds of text that will be decoded.
 
     Args:
         trained: a loaded run.
         drafter: of the run.
         temperature: of the text that is continued; 0 is greedy. A head is for one temperature.
-        prompts: texts to continue; the last fifth of them is only measured on.
+        prompts: texts to continue, in all; a fifth of them is only measured on.
         length: of the drafts, at most what the drafter makes.
         steps: of the fit; by default they grow with the number of drafts.
+        domains: kinds of text of :mod:`nextlat.evaluation.domains`, which each have as large a part in the prompts as
+            the training data, as far as they are that long.
 
     Returns:
         the head with its calibration on held-out drafts.
@@ -78,14 +85,13 @@ def fitted_head(
     Raises:
         NextLatError: an objective without a drafter, a task that is not continued, or numbers out of range.
     """
-    task = trained.built.task
     if prompts < 3 or length < 1 or (steps is not None and steps < 1):
         raise NextLatError(f"prompts={prompts}, length={length}, steps={steps}; at least 3, 1 and 1 are needed")
     if drafter.max_length is not None:
         length = min(length, drafter.max_length - 1)
     if length < 1:
         raise NextLatError(f"{trained.path} drafts no token behind the known one; train it with a longer horizon")
-    found = texts(task, trained.config.training.batch_size, prompts)
+    found = _mixture(trained, prompts, domains)
     examples = collect(
         trained.built.objective.as_lm(),
         drafter,
@@ -95,6 +101,20 @@ def fitted_head(
         stream(trained.config.seed, ACCEPTANCE_STREAM),
     )
     return fit(examples, trained.built.objective.model.embedding_weight, steps, seed=trained.config.seed)
+
+
+def _mixture(trained: Trained, count: int, domains: Sequence[str]) -> list[tuple[Tensor, int]]:
+    """Prompts of the training data and of domains, in an order that puts all kinds everywhere; how long they go on."""
+    task, share = trained.built.task, -(-count // (1 + len(domains)))
+    found = list(texts(task, trained.config.training.batch_size, share))
+    half = task.sequence_length // 2
+    folder = trained.path.parent.parent / "data" / "domains"
+    for name in domains:
+        made = fitting_prompts(name, task, task_tokenizer(task), share, half, folder)
+        found += [(prompt, task.sequence_length - half) for prompt in made]
+    if domains:
+        random.Random(0).shuffle(found)
+    return found
 
 
 def need_drafts(trained: Trained) -> Drafter:
