@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -9,11 +11,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from nextlat import commands
+from nextlat import cli, commands
 from nextlat.cli import app
 from nextlat.config import expand as expand_any
-from nextlat.training.optimizers import learning_rate
 from tests.tiny import TINY, metrics
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def run(*arguments: str) -> Result:
@@ -51,14 +54,15 @@ def test_the_demo_trains_both_models_and_leaves_summary_table_and_page(monkeypat
     assert Path("runs/demo/report/report.html").stat().st_size > 50_000
 
 
-def test_the_demo_begins_as_the_published_runs_do() -> None:
-    (published,), (demo,) = expand_any("path_star/mini", []), expand_any("path_star/mini", commands.DEMO)
-    one, other = published.model_dump(), demo.model_dump()
-    rates = [[learning_rate(config.training, step) for step in range(2000)] for config in (published, demo)]
-    assert rates[0] == rates[1]
-    changed = {key for key, value in one["training"].items() if other["training"][key] != value}
-    assert changed == {"steps", "decay_steps"}
-    assert {key for key, value in one.items() if other[key] != value} <= {"training", "name"}
+def test_the_demo_is_a_pair_of_the_published_runs_of_which_nextlat_alone_solved_the_task() -> None:
+    seed = inspect.signature(cli.demo).parameters["seed"].default
+    with (RESULTS / "path_star_mini.csv").open(encoding="utf-8", newline="") as file:
+        rows = {(row["objective"], row["seed"]): row for row in csv.DictReader(file)}
+    for objective, low, high in (("gpt", 0.45, 0.55), ("nextlat", 0.9, 1.0)):
+        (config,) = expand_any("path_star/mini", [f"objective={objective}", f"seed={seed}"])
+        row = rows[objective, str(seed)]
+        assert row["config_hash"] == config.hash()
+        assert low <= float(row["whole_path_greedy"]) <= high
 
 
 def test_a_sweep_shows_every_seed_and_again_when_its_runs_are_gone() -> None:
