@@ -14,18 +14,14 @@ from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from nextlat.bench.decode import Small, bound, share_of_bound
+from nextlat.bench.headroom import foreseen_from, headroom, headroom_of_chances, kept_from
 from nextlat.bench.results import Result
 from nextlat.decoding.acceptance import Planned
 from nextlat.decoding.adaptive import CostAware
 from nextlat.decoding.command import CheapDrafts, load, longest_draft, need_drafter, prepared, spared
 from nextlat.decoding.costs import Costs
-from nextlat.decoding.drafting import draft
 from nextlat.decoding.foresight import Fit
-from nextlat.decoding.generate import generate
 from nextlat.decoding.policies import Policy, Static
 from nextlat.decoding.sampling import Sampling
 from nextlat.errors import NextLatError
@@ -55,6 +51,7 @@ SHOWN = 6
 """Positions of a draft whose acceptance is printed."""
 
 HINDSIGHT = "limit of adapting: lengths chosen in hindsight, knowing what would be kept, by the measured costs"
+CHANCES = "limit of adapting: lengths chosen knowing how likely each place's drafts are kept, by the measured costs"
 
 BY_COSTS = "by costs: counted by c and V(k) alone, as on a model beside which deciding takes no time"
 
@@ -75,7 +72,7 @@ class Contender(NamedTuple):
     """An acceptance head for the temperature."""
     found: Found
     headroom: dict[str, float]
-    """Domain -> :func:`headroom`, at temperature 0."""
+    """Domain -> :func:`headroom` at temperature 0, :func:`headroom_of_chances` above."""
     best: dict[str, str]
     """Domain -> the fixed length that took least time when all were tried."""
 
@@ -188,67 +185,13 @@ def survey(one: Contender, domain: str, size: Survey, sampling: Sampling) -> Non
     best = one.best[domain] = best_static(found)
     again = {way: ways[way] for way in (best, "0", ADAPTIVE, LEARNED)}
     one.found[domain] = found | tried(again, ANEW * size.passes)
+    fixed = [n for n in LENGTHS if n <= longest]
     if sampling.greedy:
         kept = [kept_from(one.fast, one.drafter, text, length, longest) for text in texts]
-        one.headroom[domain] = headroom(kept, one.costs, longest, [n for n in LENGTHS if n <= longest])
-
-
-@torch.inference_mode()
-def kept_from(lm: CausalLM, drafter: Drafter, prompt: Tensor, new: int, longest: int) -> list[int]:
-    """Of a greedy continuation by ``new`` tokens: how many drafted tokens would be kept behind each but the last.
-
-    Args:
-        lm: the model.
-        drafter: of the model.
-        prompt: (P,) int64.
-        new: tokens to add.
-        longest: draft that is tried.
-    """
-    greedy, policy = Sampling(), Static(longest)
-    text = generate(lm, prompt[None], new)  # (1, new)
-    cache = lm.new_cache(1, len(prompt) + new)
-    last = torch.tensor([len(prompt) - 1], device=prompt.device)
-    state = drafter.observe(lm(prompt[None], cache=cache, logits_at=last), last)
-    kept = []
-    for place in range(new - 1):
-        room = torch.tensor([min(longest, new - 2 - place)], device=prompt.device)  # the model adds one itself
-        made = draft(drafter, state, text[:, place], greedy, policy, room, int(text.max()) + 1, torch.rand)
-        drafted = text[:, :0] if made is None else made.tokens
-        kept.append(int((drafted == text[:, place + 1 :][:, : drafted.shape[1]]).cumprod(1).sum()))
-        output = lm(text[:, place : place + 1], cache=cache)
-        state = drafter.observe(output, torch.zeros_like(last))
-    return kept
-
-
-def headroom(texts: Sequence[Sequence[int]], costs: Costs, longest: int, tried: Sequence[int]) -> float:
-    """Cost of the best fixed length over that of lengths chosen in hindsight, by measured costs: no policy gains more.
-
-    Args:
-        texts: of each, what :func:`kept_from` gives.
-        costs: of rounds.
-        longest: draft that may be chosen.
-        tried: fixed lengths.
-    """
-
-    def fixed(length: int) -> float:
-        spent = 0.0
-        for kept in texts:
-            place = 0
-            while place < len(kept):
-                spent += costs.round(min(length, len(kept) - 1 - place))
-                place += 1 + min(length, kept[place])
-        return spent
-
-    spent = 0.0
-    for kept in texts:
-        behind = [0.0] * (len(kept) + 1)  # least cost from each place to the end
-        for place in reversed(range(len(kept))):
-            behind[place] = min(
-                costs.round(n) + behind[place + 1 + min(n, kept[place])]
-                for n in range(min(longest, len(kept) - place - 1) + 1)
-            )
-        spent += behind[0]
-    return min(fixed(length) for length in tried) / spent if spent else 1.0
+        one.headroom[domain] = headroom(kept, one.costs, longest, fixed)
+    else:
+        foreseen = [foreseen_from(one.fast, one.drafter, text, length, longest, sampling) for text in texts]
+        one.headroom[domain] = headroom_of_chances(foreseen, one.costs, longest, fixed)
 
 
 def setting(one: Contender, temperature: float) -> dict[str, Any]:
@@ -299,8 +242,8 @@ def on_domain(one: Contender, domain: str, temperature: float) -> Iterator[Resul
         yield Result(
             f"{way} / the best fixed length",
             spent(arms[best]) / spent(arms[way]),
-            limit=one.headroom.get(domain) if temperature == 0 else None,
-            note=HINDSIGHT if temperature == 0 else "",
+            limit=one.headroom.get(domain),
+            note=CHANCES if temperature else HINDSIGHT,
             setting=about,
         )
 
@@ -308,7 +251,7 @@ def on_domain(one: Contender, domain: str, temperature: float) -> Iterator[Resul
 def adaptive_against_static(one: Contender, temperature: float) -> Iterator[Result]:
     """The gain of adapting the length over the best fixed one of each domain."""
     about = setting(one, temperature) | {"texts": len(one.found)}
-    limit = geometric_mean(list(one.headroom.values())) if temperature == 0 else None
+    limit = geometric_mean(list(one.headroom.values()))
     for way, mean_target, least_target in ((ADAPTIVE, None, None), (LEARNED, MEAN, LEAST)):
         gains = [spent(arms[one.best[domain]]) / spent(arms[way]) for domain, arms in one.found.items()]
         name = f"{way} / best fixed length"
