@@ -13,6 +13,7 @@ import nextlat.decoding.costs as module
 from nextlat.decoding import Sampling
 from nextlat.decoding.cheap import cheaper
 from nextlat.decoding.costs import Costs, expected_tokens, measure_costs, parts_of_rounds, priced
+from nextlat.decoding.sampling import draw
 from nextlat.errors import NextLatError
 from nextlat.objectives import MTP
 from nextlat.timing import Timing
@@ -255,6 +256,17 @@ def test_parts_of_rounds_stand_behind_one_context_and_drafts_behind_a_call(rows:
     # a draft begins behind the same known token, and goes on with its own
     assert fed == [[0] * rows, *proposed[:3]] * 3
     assert proposed[:4] * 3 == proposed
+
+
+def test_parts_of_rounds_draw_as_the_texts_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, drawn = trained(), list[int]()
+    lm, drafter = objective.as_lm(), objective.drafter()
+    assert drafter is not None
+    monkeypatch.setattr(module, "draw", lambda law, u: drawn.append(1) or draw(law, u))  # type: ignore[func-returns-value]
+    for sampling, draws in ((None, 0), (Sampling(0.7), 3)):
+        drawn.clear()
+        parts_of_rounds(lm, drafter, 2, 1, 6, 1, sampling)["round"]()
+        assert len(drawn) == draws  # two drafted tokens, and the one behind them
 
 
 def test_prices_of_a_round_are_what_its_parts_took() -> None:

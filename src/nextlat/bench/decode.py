@@ -220,7 +220,6 @@ def dialled(size: Size, context: int, new: int, repetitions: int) -> Iterator[Re
                 f"share of the bound reached, acceptance {acceptance}",
                 made.reached(),
                 setting,
-                timed="in turn with the texts",
             )
 
 
@@ -348,16 +347,13 @@ def bound(counted: Statistics, costs: Costs) -> float:
     return counted.tokens_per_round * counted.rounds / spent
 
 
-def share_of_bound(
-    name: str, reached: Sequence[tuple[float, float]], setting: dict[str, Any], timed: str = "beforehand"
-) -> Result:
+def share_of_bound(name: str, reached: Sequence[tuple[float, float]], setting: dict[str, Any]) -> Result:
     """How much of :func:`bound` is left when everything is timed.
 
     Args:
         name: of the result.
         reached: gain and bound of each repetition.
         setting: for the table.
-        timed: when the prices of the bound were.
     """
     gains, bounds = zip(*reached, strict=True)
     return Result(
@@ -366,8 +362,8 @@ def share_of_bound(
         EFFICIENCY,
         setting=setting,
         of=f"{median(gains):.2f}/{median(bounds):.2f}",
-        note=f"bound: tokens per round over the cost of drafting and verifying them, timed {timed}; it is set beside "
-        "the gain over plain decoding with the weights that drafts get, packed where that pays",
+        note="bound: tokens per round over the cost of drafting and verifying them, timed in turn with the texts; it "
+        "is set beside the gain over plain decoding with the weights that drafts get, packed where that pays",
     )
 
 

@@ -298,9 +298,15 @@ def measure_costs(
 
 @torch.inference_mode()
 def parts_of_rounds(
-    lm: CausalLM, drafter: Drafter, length: int, rows: int, context: int, repeats: int
+    lm: CausalLM,
+    drafter: Drafter,
+    length: int,
+    rows: int,
+    context: int,
+    repeats: int,
+    sampling: Sampling | None = None,
 ) -> dict[str, Arm]:
-    """What greedy rounds with drafts of a length are made of, as arms to time in turn with whole texts.
+    """What rounds with drafts of a length are made of, as arms to time in turn with whole texts.
 
     Args:
         lm: the model.
@@ -309,12 +315,13 @@ def parts_of_rounds(
         rows: decoded together.
         context: positions in the cache.
         repeats: of the part within its arm, so that the arm takes about as long as those that it is timed with.
+        sampling: how tokens are drawn; ``None`` is greedy.
 
     Returns:
         ``step``, plain ones; ``call``, over the positions of a draft and the one before it; ``round``, such calls with
         a draft behind each, for which the drafter observes the call. What they took is for :func:`priced`.
     """
-    midway = Midway(lm, drafter, rows, context, length + 1, Sampling(), find_verification("block"))
+    midway = Midway(lm, drafter, rows, context, length + 1, sampling or Sampling(), find_verification("block"))
 
     def again(part: Arm) -> Arm:
         @torch.inference_mode()  # as decoding has it, whoever runs the arm
