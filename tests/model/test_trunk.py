@@ -201,6 +201,8 @@ READ_BY_PRODUCTS = (
     "mlp",
     "mlp.gate_proj",
     "mlp.up_proj",
+    "self_attn.o_proj",
+    "mlp.down_proj",
 )
 """Modules of a block that are read, not called, where gradients are made on a CPU."""
 

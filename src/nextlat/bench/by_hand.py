@@ -14,6 +14,7 @@ from nextlat.batch import Batch
 from nextlat.bench.loops import TRAINING, Shape, Step, trunk
 from nextlat.model import Transformer
 from nextlat.model.norm import EPS, RMSNorm
+from nextlat.model.products import add_product, other_library, product
 from nextlat.model.rotary import rotary_turns
 from nextlat.model.trunk import Block, feed_forward_width
 from nextlat.training.optimizers import make_optimizer
@@ -72,6 +73,11 @@ class ByHand:
             layer.backward()
         gradient(table).zero_().index_add_(0, self.tokens, du)
         return loss
+
+
+def multiply(u: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """``u @ weight.T``, in ``out`` or, where another library is faster, in memory that it brings."""
+    return product(u, weight) if other_library(u, weight) else torch.mm(u, weight.T, out=out)
 
 
 def gradient(parameter: Tensor) -> Tensor:
@@ -185,38 +191,38 @@ class Layer:
         for row, weight in self.reordered(self.rows, self.projections):
             row.copy_(weight)
         self.norms[0].forward()
-        torch.mm(x, self.rows.T, out=self.shared.qkv)
+        self.shared.qkv = multiply(x, self.rows, self.shared.qkv)
         self.attend()
-        u.addmm_(self.mixed, self.out.T)
+        add_product(u, self.mixed, self.out)
         self.norms[1].forward()
-        for weight, made in zip(self.inner, (self.gate, self.rest), strict=True):
-            torch.mm(x, weight.T, out=made)
+        self.gate, self.rest = (
+            multiply(x, weight, made) for weight, made in zip(self.inner, (self.gate, self.rest), strict=True)
+        )
         # act = z sigmoid(gate) with z = gate up: so d up = d act sigmoid gate, d gate = d act sigmoid (up + z - act)
         torch.sigmoid(self.gate, out=self.sigmoid)
         torch.mul(self.gate, self.rest, out=self.shared.z)
         torch.mul(self.shared.z, self.sigmoid, out=self.act)
         self.rest.add_(self.shared.z.sub_(self.act))
-        u.addmm_(self.act, self.down.T)
+        add_product(u, self.act, self.down)
 
     def backward(self) -> None:
         """The gradient of the stream before the block, in place, and those of the weights."""
         _, du, _, dx = self.shared.stream
         torch.mm(du.T, self.act, out=gradient(self.down))
-        d_z = torch.mm(du, self.down, out=self.shared.d_act).mul_(self.sigmoid)
+        d_z = multiply(du, self.down.T, self.shared.d_act).mul_(self.sigmoid)
         x = self.norms[1].again()
-        beta = 0  # of the first of two gradients that meet
+        dx.zero_()  # two gradients meet
         for weight, factor, d_made in zip(self.inner, (self.rest, self.gate), self.shared.d_gate_up, strict=True):
             torch.mm(torch.mul(d_z, factor, out=d_made).T, x, out=gradient(weight))
-            dx.addmm_(d_made, weight, beta=beta)
-            beta = 1
+            add_product(dx, d_made, weight.T)
         self.norms[1].backward()
         torch.mm(du.T, self.mixed, out=gradient(self.out))
-        torch.mm(du, self.out, out=dx)
+        dx.copy_(multiply(du, self.out.T, dx))
         self.attend_backward()
         torch.mm(self.shared.qkv.T, self.norms[0].again(), out=self.shared.d_rows)
         for row, d_weight in self.reordered(self.shared.d_rows, [gradient(weight) for weight in self.projections]):
             d_weight.copy_(row)
-        torch.mm(self.shared.qkv, self.rows, out=dx)
+        dx.copy_(multiply(self.shared.qkv, self.rows.T, dx))
         self.norms[0].backward()
 
     def attend(self) -> None:

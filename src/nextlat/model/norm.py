@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextlat.model.products import add_product, product
+
 EPS = 1e-5
 
 
@@ -102,18 +104,18 @@ class _NormedProducts(torch.autograd.Function):
         rate = _rate(flat)
         x = (flat * rate).mul_(gain)
         ctx.save_for_backward(flat, rate, gain, x, *weights)
-        return u, *((x @ weight.T).view(*u.shape[:-1], len(weight)) for weight in weights)
+        return u, *(product(x, weight).view(*u.shape[:-1], len(weight)) for weight in weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_u: Tensor, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         flat, rate, gain, x, *weights = ctx.saved_tensors
         d_weights: list[Tensor | None] = []
-        g = torch.empty_like(flat)
+        g = flat  # of the norm's output
         for number, (d_made, weight) in enumerate(zip(upstream, weights, strict=True)):
             d_made = d_made.reshape(-1, d_made.shape[-1])
             d_weights.append(d_made.T @ x if ctx.needs_input_grad[2 + number] else None)
-            g.addmm_(d_made, weight, beta=min(number, 1))
+            g = add_product(g, d_made, weight.T) if number else product(d_made, weight.T)
         pull, d_gain = _pulled(g, flat, rate, gain)
         total = torch.addcmul(d_u.reshape(flat.shape), g.mul_(gain), rate).addcmul_(flat, pull)
         return total.view_as(d_u), d_gain, *d_weights

@@ -19,6 +19,7 @@ from nextlat.model.attention import Layout, attend, document_layout
 from nextlat.model.cache import Cache
 from nextlat.model.interfaces import LMOutput, states_at
 from nextlat.model.norm import RMSNorm, normed_products
+from nextlat.model.products import linear
 from nextlat.model.rotary import Angles, neighbours, rotary_angles, rotary_turns, rotated, turned
 
 INIT_STD = 0.02
@@ -82,8 +83,7 @@ class FeedForward(nn.Module):
 
     def behind(self, gate: Tensor, up: Tensor) -> Tensor:
         """(..., D) of both products, (..., inner)."""
-        out: Tensor = self.down_proj(F.silu(gate) * up)
-        return out
+        return multiplied(self.down_proj, F.silu(gate) * up)
 
 
 BUILT_OF = {RMSNorm, nn.Linear, FeedForward}
@@ -109,6 +109,14 @@ def untouched(*modules: nn.Module) -> bool:
         and not (module._backward_hooks or module._backward_pre_hooks)
         for module in modules
     )
+
+
+def multiplied(layer: nn.Module, u: Tensor) -> Tensor:
+    """What a linear layer makes of its input."""
+    if own_gradients(u) and isinstance(layer, nn.Linear) and untouched(layer):
+        return linear(u, layer.weight)
+    out: Tensor = layer(u)
+    return out
 
 
 class Block(nn.Module):
@@ -143,7 +151,7 @@ class Block(nn.Module):
 
     def mix(self, u: Tensor, attended: Tensor) -> Tensor:
         """The stream behind the block, from the (B, T, D) stream before it and what its heads attended to."""
-        u = u + self.self_attn.o_proj(attended)
+        u = u + multiplied(self.self_attn.o_proj, attended)
         norm, mlp = self.post_attention_layernorm, self.mlp
         if own_gradients(u) and untouched(norm, mlp, mlp.gate_proj, mlp.up_proj):
             u, gate, up = normed_products(u, norm.weight, (mlp.gate_proj.weight, mlp.up_proj.weight))

@@ -94,7 +94,7 @@ class TextHead(nn.Module):
         if added is None:
             return self._read(q, self.mlp(q))
         gate, up = (added.index_select(0, ends[:, 0]) + added.index_select(0, ends[:, 1])).chunk(2, -1)
-        return self._read(q, self.mlp.down_proj(F.silu(gate) * up))
+        return self._read(q, self.mlp.behind(gate, up))
 
     def _read(self, q: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
         following, previous = self.norm(q + change).chunk(2, -1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nextlat.errors import NextLatError, unknown
 from nextlat.model.norm import RMSNorm
-from nextlat.model.trunk import init_normal
+from nextlat.model.trunk import init_normal, multiplied
 
 
 def check_hidden_dim(hidden_dim: int) -> None:
@@ -65,9 +65,8 @@ class LatentDynamics(nn.Module):
             (..., D).
         """
         u = self.norm(torch.cat([embedding, state], dim=-1))
-        u = F.gelu(self.layer_2(F.gelu(self.layer_1(u))))
-        out: Tensor = state + self.layer_3(u)
-        return out
+        u = F.gelu(multiplied(self.layer_2, F.gelu(multiplied(self.layer_1, u))))
+        return state + multiplied(self.layer_3, u)
 
 
 class NormalisedDynamics(LatentDynamics):
