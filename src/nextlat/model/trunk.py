@@ -79,7 +79,7 @@ class FeedForward(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.behind(self.gate_proj(u), self.up_proj(u))
+        return self.behind(multiplied(self.gate_proj, u), multiplied(self.up_proj, u))
 
     def behind(self, gate: Tensor, up: Tensor) -> Tensor:
         """(..., D) of both products, (..., inner)."""
