@@ -29,7 +29,7 @@ from nextlat.evaluation.domains import LOCAL, domain_names, domain_prompts
 from nextlat.evaluation.speculative import PLAIN, Arm, measure_domain, ratio
 from nextlat.hf.tokenizer import task_tokenizer
 from nextlat.model.interfaces import CausalLM, Drafter
-from nextlat.timing import interleave, seconds
+from nextlat.timing import interleave
 from nextlat.training.acceptance import fitted_head
 from nextlat.training.trained import Trained
 
@@ -46,8 +46,8 @@ ALIKE = ("task", "model", "data", "training")
 """Sections of the configuration in which runs that are set against each other must agree."""
 ANEW = 2
 """As many passes more over the ways whose ratio is asked for as over all of them: these are few."""
-REPEATS = 24
-"""Of what rounds are made of, within an arm."""
+REPEATS, TURNS = 24, 5
+"""Of what rounds are made of, within an arm, and of the arms behind every pass."""
 CHEAP_LENGTH = 4
 """Drafted tokens where cheap drafts are set beside full ones."""
 SHOWN = 6
@@ -78,8 +78,8 @@ class Contender(NamedTuple):
     """Domain -> :func:`headroom` at temperature 0, :func:`headroom_of_chances` above."""
     best: dict[str, str]
     """Domain -> the fixed length that took least time when all were tried."""
-    prices: dict[str, Costs]
-    """Domain -> costs of rounds with drafts of that length, timed in turn with the texts."""
+    reached: dict[str, list[tuple[float, float]]]
+    """Domain -> what drafts of that length gained over none, and their bound by prices of that minute, pass by pass."""
 
 
 @contextmanager
@@ -184,13 +184,14 @@ def survey(one: Contender, domain: str, size: Survey, sampling: Sampling) -> Non
     best = one.best[domain] = best_static(found)
     parts = parts_of_rounds(one.fast, one.drafter, int(best), 1, length * 3 // 2, REPEATS, sampling)
     again = {way: ways[way] for way in (best, "0", ADAPTIVE, LEARNED)}
-    anew, took = [], []
+    anew = []
+    one.reached[domain] = []
     for _ in range(ANEW * size.passes):
         anew.append(tried(again))
-        took.append(interleave(parts, 1, warmup=0))
+        costs = priced(one.costs, interleave(parts, TURNS), int(best))
+        gain = spent(anew[-1]["0"]) / spent(anew[-1][best])
+        one.reached[domain].append((gain, bound(anew[-1][best].statistics, costs)))
     one.found[domain] = found | fastest(anew)
-    least = {part: min((turn[part] for turn in took), key=seconds) for part in parts}
-    one.prices[domain] = priced(one.costs, least, int(best))
     fixed = [n for n in LENGTHS if n <= longest]
     if sampling.greedy:
         kept = [kept_from(one.fast, one.drafter, text, length, longest) for text in texts]
@@ -249,9 +250,7 @@ def on_domain(one: Contender, domain: str, temperature: float) -> Iterator[Resul
         "position " + " ".join(f"{share:.2f}" for share in arms[str(max(map(int, statics(arms))))].acceptance[:SHOWN]),
     )
     if best != "0":
-        reached = spent(arms["0"]) / spent(arms[best])
-        most = bound(kept, one.prices[domain])
-        yield share_of_bound("share of the bound reached", [(reached, most)], about)
+        yield share_of_bound("share of the bound reached", one.reached[domain], about)
     for way in (ADAPTIVE, LEARNED):
         yield Result(f"plain / {way}", ratio(arms, way), setting=about)
         yield Result(
