@@ -101,10 +101,10 @@ PLANS: dict[Effort, Plan] = {
     ),
     "quick": Plan(
         (LARGE, (257, 512), 3),
-        ((LARGE, 64, 8, 0), (SMALL, 64, 64, 3)),
-        (SMALL, 64, 32, 2),
-        Small("fineweb_edu/mini", 120, ("training.warmup_steps=30", "training.decay_steps=60")),
-        (2, 1, 96),
+        ((LARGE, 64, 8, 0), (SMALL, 64, 40, 2)),
+        (SMALL, 64, 16, 2),
+        Small("fineweb_edu/mini", 100, ("training.warmup_steps=30", "training.decay_steps=50")),
+        (1, 1, 64),
         (2, 1, 96),
     ),
     "tiny": Plan(

@@ -46,7 +46,7 @@ ALIKE = ("task", "model", "data", "training")
 """Sections of the configuration in which runs that are set against each other must agree."""
 ANEW = 2
 """As many passes more over the ways whose ratio is asked for as over all of them: these are few."""
-REPEATS, TURNS = 24, 5
+REPEATS, TURNS = 24, 3
 """Of what rounds are made of, within an arm, and of the arms behind every pass."""
 CHEAP_LENGTH = 4
 """Drafted tokens where cheap drafts are set beside full ones."""
