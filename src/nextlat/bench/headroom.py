@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nextlat.decoding.costs import Costs
-from nextlat.decoding.drafting import draft
+from nextlat.decoding.drafting import draft, over_all
 from nextlat.decoding.generate import generate
 from nextlat.decoding.policies import Static
 from nextlat.decoding.sampling import Sampling
@@ -129,7 +129,7 @@ def foreseen_from(
         rolled, of_text = state, []
         for token in range(place + 1, place + 1 + room):
             rolled, logits = drafter.step(rolled, text[:, token - 1])
-            of_text.append(float(_whole(sampling.law(logits), drafter, vocab_size)[0, text[0, token]]))
+            of_text.append(float(over_all(sampling.law(logits), drafter.vocabulary, vocab_size)[0, text[0, token]]))
         by_drafter.append(of_text)
         rooms = torch.full((DRAFTS,), room, device=device)
         many = drafter.select(state, alike)
@@ -156,13 +156,6 @@ def foreseen_from(
             row.append(survival)
         along.append(row)
     return Foreseen(along, expected)
-
-
-def _whole(law: Tensor, drafter: Drafter, vocab_size: int) -> Tensor:
-    """A drafter's law over the model's vocabulary."""
-    if drafter.vocabulary is None:
-        return law
-    return law.new_zeros(len(law), vocab_size).index_copy_(1, drafter.vocabulary, law)
 
 
 def headroom_of_chances(texts: Sequence[Foreseen], costs: Costs, longest: int, tried: Sequence[int]) -> float:

@@ -104,9 +104,7 @@ def draft(
         token = column if vocabulary is None else vocabulary[column]
         tokens.append(token)
         if law is not None:
-            laws.append(
-                law if vocabulary is None else law.new_zeros(len(law), vocab_size).index_copy_(1, vocabulary, law)
-            )
+            laws.append(over_all(law, vocabulary, vocab_size))
         decision = policy.goes_on(Drafted(position, column, logits, state, law, going))
         if isinstance(decision, Tensor):
             ends = [end if on else min(end, position) for end, on in zip(ends, decision.tolist(), strict=True)]
@@ -121,3 +119,8 @@ def draft(
     lengths = torch.tensor([min(pair) for pair in zip(ends, rooms, strict=True)], device=room.device)
     stacked = torch.stack(laws, 1) if laws else torch.empty(0, device=room.device)
     return Drafts(torch.stack(tokens, 1), stacked, lengths)
+
+
+def over_all(law: Tensor, vocabulary: Tensor | None, vocab_size: int) -> Tensor:
+    """(B, V) over the model's vocabulary, of a law over the tokens that a drafter knows; ``None`` are all."""
+    return law if vocabulary is None else law.new_zeros(len(law), vocab_size).index_copy_(1, vocabulary, law)

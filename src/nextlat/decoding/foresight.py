@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextlat.decoding.acceptance import AcceptanceHead
+from nextlat.decoding.drafting import over_all
 from nextlat.decoding.generate import generate
 from nextlat.decoding.sampling import Sampling, draw
 from nextlat.errors import NextLatError
@@ -203,8 +204,7 @@ def _follow(
             if isinstance(state, Tensor) and not bool(right.all()):
                 going, state = going[right], drafter.select(state, right.nonzero()[:, 0])
         else:
-            if drafter.vocabulary is not None:
-                law = law.new_zeros(len(law), vocab_size).index_copy_(1, drafter.vocabulary, law)
+            law = over_all(law, drafter.vocabulary, vocab_size)
             q, q_text = law[row, token], law[row, wanted]
         tokens.append(token)
         drawn.append(q)
