@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from nextlat.decoding.drafting import draft, over_all
 from nextlat.decoding.generate import generate
 from nextlat.decoding.policies import Static
 from nextlat.decoding.sampling import Sampling
+from nextlat.model.cache import Cache
 from nextlat.model.interfaces import CausalLM, Drafter
 
 DRAFTS = 16
@@ -35,18 +36,29 @@ def kept_from(lm: CausalLM, drafter: Drafter, prompt: Tensor, new: int, longest:
     """
     greedy, policy = Sampling(), Static(longest)
     text = generate(lm, prompt[None], new)  # (1, new)
-    cache = lm.new_cache(1, len(prompt) + new)
-    last = torch.tensor([len(prompt) - 1], device=prompt.device)
-    state = drafter.observe(lm(prompt[None], cache=cache, logits_at=last), last)
     kept = []
-    for place in range(new - 1):
+    for place, known, state, _ in _places(lm, drafter, prompt, text, 0):
         room = torch.tensor([min(longest, new - 2 - place)], device=prompt.device)  # the model adds one itself
-        made = draft(drafter, state, text[:, place], greedy, policy, room, int(text.max()) + 1, torch.rand)
+        made = draft(drafter, state, known, greedy, policy, room, int(text.max()) + 1, torch.rand)
         drafted = text[:, :0] if made is None else made.tokens
         kept.append(int((drafted == text[:, place + 1 :][:, : drafted.shape[1]]).cumprod(1).sum()))
-        output = lm(text[:, place : place + 1], cache=cache)
-        state = drafter.observe(output, torch.zeros_like(last))
     return kept
+
+
+def _places(
+    lm: CausalLM, drafter: Drafter, prompt: Tensor, text: Tensor, spare: int
+) -> Iterator[tuple[int, Tensor, Any, Cache]]:
+    """Of every place of a (1, N) continuation but the last: number, known token, state and cache before it.
+
+    The cache has room for ``spare`` positions more.
+    """
+    cache = lm.new_cache(1, len(prompt) + text.shape[1] + spare)
+    last = torch.tensor([len(prompt) - 1], device=prompt.device)
+    output = lm(prompt[None], cache=cache, logits_at=last)
+    for place in range(text.shape[1] - 1):
+        known = text[:, place]
+        yield place, known, drafter.observe(output, last), cache
+        output, last = lm(known[:, None], cache=cache), torch.zeros_like(last)
 
 
 def headroom(texts: Sequence[Sequence[int]], costs: Costs, longest: int, tried: Sequence[int]) -> float:
@@ -113,49 +125,31 @@ def foreseen_from(
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=g, dtype=torch.float64)
 
-    device = prompt.device
-    cache = lm.new_cache(1, len(prompt) + new + longest)
-    last = torch.tensor([len(prompt) - 1], device=device)
-    output = lm(prompt[None], cache=cache, logits_at=last)
-    vocab_size = output.logits.shape[-1]
-    state = drafter.observe(output, last)
-    chances = [1.0] * new  # of the text's tokens, by the model
-    by_drafter: list[list[float]] = []
-    expected: list[list[float]] = []
-    alike = torch.zeros(DRAFTS, dtype=torch.int64, device=device)
-    for place in range(new - 1):
+    laws = sampling.law(lm(torch.cat([prompt, text[0, :-1]])[None]).logits[0, len(prompt) - 1 :])
+    by_model, vocab_size = laws.gather(1, text[0][:, None])[:, 0].tolist(), laws.shape[1]
+    alike = torch.zeros(DRAFTS, dtype=torch.int64, device=prompt.device)
+    found = Foreseen([], [])
+    for place, known, state, cache in _places(lm, drafter, prompt, text, longest):
         room = min(longest, new - 2 - place)
-        known = text[:, place]
-        rolled, of_text = state, []
+        rolled, survival, along = state, 1.0, []
         for token in range(place + 1, place + 1 + room):
             rolled, logits = drafter.step(rolled, text[:, token - 1])
-            of_text.append(float(over_all(sampling.law(logits), drafter.vocabulary, vocab_size)[0, text[0, token]]))
-        by_drafter.append(of_text)
-        rooms = torch.full((DRAFTS,), room, device=device)
-        many = drafter.select(state, alike)
+            q = over_all(sampling.law(logits), drafter.vocabulary, vocab_size)[0, text[0, token]]
+            survival *= min(1.0, float(q) / by_model[token])
+            along.append(survival)
+        found.along.append(along)
+        many, rooms = drafter.select(state, alike), torch.full_like(alike, room)
         made = draft(drafter, many, known.expand(DRAFTS), sampling, Static(longest), rooms, vocab_size, uniform)
         if made is None:
-            expected.append([])
-        else:
-            branches = copy.copy(cache)
-            branches.select(alike.tolist())
-            judged = lm(torch.cat([known.expand(DRAFTS)[:, None], made.tokens], 1), cache=branches)
-            p, q = (
-                laws.gather(-1, made.tokens[..., None])[..., 0]
-                for laws in (sampling.law(judged.logits[:, :-1]), made.laws)
-            )
-            expected.append((p / q).clamp(max=1).cumprod(1).mean(0).tolist())
-        output = lm(known[:, None], cache=cache)
-        state = drafter.observe(output, torch.zeros_like(last))
-        chances[place + 1] = float(sampling.law(output.logits[:, 0])[0, text[0, place + 1]])
-    along = []
-    for place, of_text in enumerate(by_drafter):
-        survival, row = 1.0, []
-        for q_text, p_text in zip(of_text, chances[place + 1 :], strict=False):
-            survival *= min(1.0, q_text / p_text)
-            row.append(survival)
-        along.append(row)
-    return Foreseen(along, expected)
+            found.expected.append([])
+            continue
+        branches = copy.copy(cache)
+        branches.select(alike.tolist())
+        judged = lm(torch.cat([known.expand(DRAFTS)[:, None], made.tokens], 1), cache=branches)
+        drafted = made.tokens[..., None]
+        ratio = sampling.law(judged.logits[:, :-1]).gather(-1, drafted) / made.laws.gather(-1, drafted)
+        found.expected.append(ratio[..., 0].clamp(max=1).cumprod(1).mean(0).tolist())
+    return found
 
 
 def headroom_of_chances(texts: Sequence[Foreseen], costs: Costs, longest: int, tried: Sequence[int]) -> float:
