@@ -102,14 +102,13 @@ def domain_prompts(
         each = -(-count // len(kinds))
         made = [domain_prompts(kind, task, tokenizer, each, length, folder) for kind in kinds]
         return [prompt for together in zip(*made, strict=True) for prompt in together][:count]
-    windows = list(_windows(name, task, tokenizer, length, folder, measured=True))
-    if len(windows) < count:
+    found = _chosen(_texts(name, task, folder, measured=True), tokenizer, count, length)
+    if len(found) < count:
         raise NextLatError(
-            f"domain {name!r} has {len(windows)} prompts of {length} tokens in the documents that are kept for "
+            f"domain {name!r} has {len(found)} prompts of {length} tokens in the documents that are kept for "
             "measuring; ask for no more than that"
         )
-    chosen = random.Random(0).sample(range(len(windows)), count)
-    return [torch.tensor(windows[i]) for i in sorted(chosen)]
+    return found
 
 
 def fitting_prompts(
@@ -122,13 +121,13 @@ def fitting_prompts(
     """
     if name in ("held_out", MIXED):
         raise NextLatError(f"domain {name!r} is only measured on; fit to {', '.join(LOCAL)}, or to a path of text")
-    windows = list(_windows(name, task, need_tokenizer(name, tokenizer), length, folder, measured=False))
-    if not windows:
+    found = _chosen(_texts(name, task, folder, measured=False), need_tokenizer(name, tokenizer), count, length)
+    if not found:
         raise NextLatError(
             f"domain {name!r} has no prompt of {length} tokens beside the documents that are measured on, the first of "
             f"every {MEASURED}; give text of more documents"
         )
-    return [torch.tensor(window) for window in random.Random(0).sample(windows, min(count, len(windows)))]
+    return found
 
 
 def need_tokenizer(name: str, tokenizer: Tokenizer | None) -> Tokenizer:
@@ -138,14 +137,26 @@ def need_tokenizer(name: str, tokenizer: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
-def _windows(
-    name: str, task: Task, tokenizer: Tokenizer, length: int, folder: Path, measured: bool
-) -> Iterator[list[int]]:
-    """Stretches of a domain's documents, of those that are measured on or of the others."""
-    end = [] if tokenizer.end_token is None else [tokenizer.end_token]
-    for text in islice(_texts(name, task, folder, measured), DOCUMENTS):
+def _chosen(texts: Iterator[str], tokenizer: Tokenizer, count: int, length: int) -> list[Tensor]:
+    """Up to ``count`` stretches of ``length`` tokens: each of another document while there are any, then of all.
+
+    Documents are encoded as they are needed, for a corpus takes seconds and a prompt of it does not.
+    """
+    g, end = random.Random(0), [] if tokenizer.end_token is None else [tokenizer.end_token]
+    documents = list(islice(texts, DOCUMENTS))
+    g.shuffle(documents)
+    chosen: list[list[int]] = []
+    left: list[list[int]] = []
+    for text in documents:
+        if len(chosen) == count:
+            break
         tokens = [*end, *tokenizer.encode(text)]
-        yield from (tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length))
+        stretches = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
+        if stretches:
+            chosen.append(stretches.pop(g.randrange(len(stretches))))
+            left += stretches
+    chosen += g.sample(left, min(count - len(chosen), len(left)))
+    return [torch.tensor(stretch) for stretch in chosen]
 
 
 def _held_out(task: Task, count: int, length: int) -> list[Tensor]:
