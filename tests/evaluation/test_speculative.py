@@ -93,9 +93,24 @@ def test_decoding_is_timed_from_the_first_token_on(monkeypatch: pytest.MonkeyPat
 def test_prompts_of_a_file_come_from_all_of_it(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("abcdefghij" * 3, encoding="utf-8")
     found = domain_prompts(str(tmp_path), TASK, TOKENIZER, 6, 5, Path())
-    end = TOKENIZER.end_token
-    assert found[0].tolist() == [end, *b"abcd"]
-    assert found[-1].tolist() == list(b"efghi")
+    text = [TOKENIZER.end_token, *b"abcdefghij" * 3]
+    assert sorted(prompt.tolist() for prompt in found) == sorted(text[i : i + 5] for i in range(0, 30, 5))
+
+
+def test_prompts_come_from_as_many_documents_as_there_are(tmp_path: Path) -> None:
+    for number in range(32):  # every fourth is measured on
+        (tmp_path / f"{number:02d}.txt").write_text(chr(97 + number) * (60 if number else 600), encoding="utf-8")
+    measured = [chr(97 + number) for number in range(0, 32, 4)]
+
+    def documents(count: int) -> list[str]:
+        return [chr(prompt[-1]) for prompt in domain_prompts(str(tmp_path), TASK, TOKENIZER, count, 20, Path())]
+
+    few, each, every = documents(5), documents(8), documents(30 + 7 * 3)
+    assert len(set(few)) == 5
+    assert set(few) != set(measured[:5])  # nor are they those that come first
+    assert sorted(each) == measured
+    assert sorted(every[:8]) == measured
+    assert every.count("a") == 30
 
 
 def test_what_is_fitted_to_a_domain_comes_from_other_documents_than_what_is_measured(tmp_path: Path) -> None:
