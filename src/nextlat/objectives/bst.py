@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from nextlat.model.trunk import (
     Transformer,
     feed_forward_width,
     init_normal,
+    multiplied,
     run_blocks,
 )
 from nextlat.objectives.base import Objective, Term
@@ -31,22 +32,8 @@ from nextlat.objectives.immediate import Piece, immediate_sums, zero_sums
 from nextlat.objectives.pairs import Pairs, check_next_token, sample_pairs, suffixes
 from nextlat.objectives.token_losses import token_losses
 
-PAIRS_AT_ONCE = 32768
-"""How many pairs the text head takes together on a GPU."""
-WIDE = 128
-"""From this width of the model on, what a state adds to the text head's first layer is made once and not for each pair:
-then looking up the result is cheaper than the product."""
-
-
-def pairs_at_once(width: int, device: str) -> int:
-    """Pairs of a model of this width whose text head runs together: on a CPU few enough for its caches.
-
-    With tensors of 6 MB at most, and less in narrow models, a step takes two thirds to three quarters of the time
-    that it takes with all pairs at once; smaller ones cost calls.
-    """
-    if device != "cpu":
-        return PAIRS_AT_ONCE
-    return max(256, min(2560, 3 * 2**19 // feed_forward_width(2 * width)))
+PAIRS_AT_ONCE = {"cpu": 4608, "cuda": 32768}
+"""How many pairs the text head takes together: on a CPU few enough for its caches, as far as calls do not cost more."""
 
 
 class Encoder(nn.Module):
@@ -76,29 +63,54 @@ class TextHead(nn.Module):
         q = torch.cat([prefix, suffix], -1)
         return self._read(q, self.mlp(q))
 
-    def prepared(self, prefixes: Tensor, suffixes: Tensor) -> list[Tensor]:
-        """What :meth:`pairs` looks up rows of: the states, (2 N, D), and in a wide model what they add to gate and up.
+    def prepared(self, prefixes: Tensor, suffixes: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`pairs` looks up rows of: the states, (2 N, D), and what they add to gate and up.
 
         The first layer is linear in q, so it is a sum of what each half adds, and there are fewer states than pairs
         by half the length of a document.
         """
-        made, width = [torch.cat([prefixes, suffixes])], prefixes.shape[-1]
-        if width >= WIDE:
-            weight = torch.cat([self.mlp.gate_proj.weight, self.mlp.up_proj.weight])  # (2 m, 2 D)
-            made.append(torch.cat([F.linear(prefixes, weight[:, :width]), F.linear(suffixes, weight[:, width:])]))
-        return made
+        width = prefixes.shape[-1]
+        weight = torch.cat([self.mlp.gate_proj.weight, self.mlp.up_proj.weight])  # (2 m, 2 D)
+        added = torch.cat([F.linear(prefixes, weight[:, :width]), F.linear(suffixes, weight[:, width:])])
+        return torch.cat([prefixes, suffixes]), added
 
-    def pairs(self, ends: Tensor, states: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def pairs(self, ends: Tensor, states: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """(P, D) states of the next and of the previous token, from (P, 2) rows of what :meth:`prepared` made."""
         q = states.index_select(0, ends.flatten()).view(-1, 2 * states.shape[1])
-        if added is None:
-            return self._read(q, self.mlp(q))
-        gate, up = (added.index_select(0, ends[:, 0]) + added.index_select(0, ends[:, 1])).chunk(2, -1)
-        return self._read(q, self.mlp.behind(gate, up))
+        gated: Tensor = _GatedPairs.apply(ends, added)  # type: ignore[no-untyped-call]
+        return self._read(q, multiplied(self.mlp.down_proj, gated))
 
     def _read(self, q: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
         following, previous = self.norm(q + change).chunk(2, -1)
         return following, previous
+
+
+class _GatedPairs(torch.autograd.Function):
+    """``silu(gate) * up`` of ``[gate ; up] = table[ends[:, 0]] + table[ends[:, 1]]``.
+
+    Written out so that neither the two looked up halves nor the gradients through them are tensors of their own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ends: Tensor, table: Tensor) -> Tensor:
+        both = F.embedding_bag(ends, table, mode="sum")
+        gate, up = both.chunk(2, -1)
+        activated = F.silu(gate)
+        ctx.save_for_backward(ends, both, activated)
+        ctx.rows = len(table)
+        return activated * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
+        ends, both, activated = ctx.saved_tensors
+        gate, up = both.chunk(2, -1)
+        d_both = torch.empty_like(both)
+        d_gate, d_up = d_both.chunk(2, -1)
+        torch.mul(upstream, activated, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(upstream * up, gate, grad_input=d_gate)
+        d_table = both.new_zeros(ctx.rows, both.shape[1])
+        return None, d_table.index_add_(0, ends[:, 0], d_both).index_add_(0, ends[:, 1], d_both)
 
 
 class BeliefNetworks(nn.Module):
@@ -134,7 +146,7 @@ class BST(Objective):
         pair_fraction: part of each row's pairs that is kept on average.
         gap_one: targets when nothing lies between prefix and suffix: ``"eos"`` the end token twice, ``"copy"``
             the suffix's first and the prefix's last token.
-        chunk_pairs: most pairs processed at once, by default chosen from the width; the result does not depend on it.
+        chunk_pairs: most pairs processed at once, by default :data:`PAIRS_AT_ONCE`; the result does not depend on it.
         generator: source of the initial weights of backward encoder and text head, N(0, 0.02^2).
 
     Raises:
@@ -227,7 +239,7 @@ class BST(Objective):
         ends = torch.stack([first + t, len(prefixes) + first + p], 1)  # (P, 2) rows of prefixes, and of states behind
         head, states = self.networks.text_head, self.networks.text_head.prepared(prefixes, behind)
         halves = zero_sums(2, prefixes)
-        most = self.chunk_pairs or pairs_at_once(self.trunk.width, prefixes.device.type)
+        most = self.chunk_pairs or PAIRS_AT_ONCE.get(prefixes.device.type, PAIRS_AT_ONCE["cpu"])
         parts = max(1, math.ceil(len(row) / most))
 
         def piece(ends: Tensor, *asked: Tensor) -> Piece:

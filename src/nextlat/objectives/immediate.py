@@ -105,11 +105,8 @@ class _ImmediateSums(torch.autograd.Function):
         out: list[Tensor | None] = [None] * len(ctx.like)
         for index in ctx.live:
             shape, dtype, device = ctx.like[index]
-            total = torch.zeros(shape, dtype=dtype, device=device)
-            for store, factor in zip(ctx.gradients, factors, strict=True):
-                if index in store:
-                    total += factor * store[index]
-            out[index] = total
+            parts = [f * store[index] for store, f in zip(ctx.gradients, factors, strict=True) if index in store]
+            out[index] = sum(parts[1:], start=parts[0]) if parts else torch.zeros(shape, dtype=dtype, device=device)
         return (None, None, None, None, None, *out)
 
 
