@@ -12,6 +12,7 @@ from torch import Tensor
 from nextlat import GPT, Batch, Transformer, total_loss
 from nextlat.model import products
 from nextlat.model.products import add_product, linear, product
+from nextlat.objectives import token_losses
 from nextlat.objectives.dynamics import LatentDynamics
 
 WORKS = products.onednn_works()
@@ -101,6 +102,33 @@ def test_a_step_is_that_of_float64(library: list[Any]) -> None:
         torch.testing.assert_close(mine.double(), reference, rtol=0, atol=1e-5 * float(reference.abs().max()))
     # all seven products of both blocks, forward and backward to the stream
     assert len(library) in (0, 2 * 7 * 2)
+
+
+@EITHER
+@pytest.mark.parametrize("strip", [7, 4096])
+@pytest.mark.parametrize("students", [0, 2])
+def test_token_losses_are_those_of_float64(
+    strip: int, students: int, library: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_losses, "ONEDNN_STRIP", strip)
+    g = torch.Generator().manual_seed(4)
+    states = [torch.randn(19, 6, generator=g) for _ in range(1 + students)]
+    head, targets = torch.randn(23, 6, generator=g), torch.randint(23, (19,), generator=g)
+    reached = torch.rand(19, generator=g) < 0.7
+
+    def made(dtype: torch.dtype, block: int | None) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (head, *states)]
+        predicted = [(x, reached) for x in leaves[2:]]
+        options = {"block": 8} if block else {}
+        compute = token_losses.token_losses if block else token_losses.plain_token_losses
+        sums = compute(leaves[1], leaves[0], targets, predicted, ("kl", "tv", "aux_ce"), **options)
+        return [sums.detach(), *torch.autograd.grad((sums * torch.arange(1, len(sums) + 1)).sum(), leaves)]
+
+    expected = made(torch.float64, None)
+    assert not library
+    for mine, reference in zip(made(torch.float32, 8), expected, strict=True):
+        close(mine, reference)
+    assert not library or {shape[2] for shape in library} == ({7, 2, 6} if strip == 7 else {23, 6})
 
 
 @pytest.mark.parametrize("name", ["layer_1", "layer_2", "layer_3"])

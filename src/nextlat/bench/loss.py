@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nextlat.bench.measure import Peak, peak_memory
 from nextlat.bench.results import Effort, Result, milliseconds
+from nextlat.model.products import other_library, product
 from nextlat.objectives.token_losses import token_losses
 from nextlat.timing import Arm, Timing, compare, interleave, seconds
 
@@ -137,9 +138,9 @@ def least_work(inputs: Inputs) -> Arm:
 
     def work() -> None:
         for index, s in enumerate(states):
-            a = torch.mm(s, weight.T, out=logits[: len(s)])
+            a = product(s, weight) if other_library(s, weight) else torch.mm(s, weight.T, out=logits[: len(s)])
             torch.softmax(a, -1, out=a)
-            torch.mm(a, weight)
+            product(a, weight.T)
             if index == 0:
                 d_weight.addmm_(a.T, s)
 

@@ -141,7 +141,8 @@ def belief(shape: Shape, repetitions: int, target: float | None) -> Iterator[Res
         target,
         wall=ratio.wall,
         spread=(ratio.low, ratio.high),
-        note="bst: both arms make the same products, so the gain is in small calls; long rows have few of them",
+        note="bst: ours makes the first layer once for each state and not for each pair; the rest of the gain is in "
+        "small calls, of which long rows have few",
         of=milliseconds(seconds(found["looped"]), seconds(found["ours"])),
         setting=setting,
         details=_seconds(found),
