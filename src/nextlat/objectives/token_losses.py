@@ -259,7 +259,10 @@ def _mean_logit(probabilities: Tensor, logits: Tensor, mean_row: Tensor | None, 
 
 def _times(rows: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """(n, V) gradients of logits -> (n, D) gradients of states, made in ``out`` if there is one."""
-    if out is None or not rows.dtype == weight.dtype == out.dtype or other_library(rows, weight):
-        made = product(rows.to(weight.dtype), weight.T)
-        return made if out is None else out.copy_(made)
-    return torch.mm(rows, weight, out=out)
+    if len(weight) <= ONEDNN_STRIP and other_library(rows, weight):  # it makes a copy of a transposed weight
+        made = product(rows, weight.T)
+    elif out is not None and rows.dtype == weight.dtype == out.dtype:
+        return torch.mm(rows, weight, out=out)
+    else:
+        made = rows.to(weight.dtype) @ weight
+    return made if out is None else out.copy_(made)
