@@ -17,6 +17,7 @@ from rich.table import Table
 from nextlat.bench import Effort, Result
 from nextlat.config import Config, expand, header, load_config, packaged, read_config, resolve
 from nextlat.errors import NextLatError
+from nextlat.options import split_names
 from nextlat.statistics import Metric
 
 
@@ -165,8 +166,7 @@ def fit_acceptance_command(
     from nextlat.training.acceptance import fit_acceptance
     from nextlat.training.trained import load_run
 
-    kinds = [name.strip() for name in domains.split(",")] if domains else []
-    path, fit = fit_acceptance(load_run(run, device), temperature, prompts, length, steps, kinds)
+    path, fit = fit_acceptance(load_run(run, device), temperature, prompts, length, steps, split_names(domains))
     print(f"fitted to {fit.examples} drafts, measured on {fit.held_out} of other prompts")
     table = Table(box=None, pad_edge=False)
     for column in ("chances from", "log loss", "Brier score"):
@@ -187,7 +187,7 @@ def sweep_command(
 
     if results is None:
         results = Path("results") / f"{read_config(source)[1].replace('-', '_')}.csv"
-    work = Sweep(expand(source, overrides), runs_dir, results, jobs, [d for d in devices.split(",") if d], _say)
+    work = Sweep(expand(source, overrides), runs_dir, results, jobs, split_names(devices), _say)
     plan = work.plan()
     width = max(len(str(config.name)) for config, _ in plan)
     for config, state in plan:

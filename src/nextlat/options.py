@@ -1,4 +1,4 @@
-"""The base of every typed section of a configuration."""
+"""The base of every typed section of a configuration, and lists of names on a command line."""
 
 from __future__ import annotations
 
@@ -9,3 +9,8 @@ class Options(BaseModel):
     """Typed, frozen and strict: an unknown key or a wrong type is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def split_names(text: str | None) -> list[str]:
+    """``a, b`` as ``["a", "b"]``; nothing at all as ``[]``."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]

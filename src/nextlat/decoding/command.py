@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nextlat.errors import NextLatError
+from nextlat.options import split_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -260,7 +261,7 @@ def speculative_command(run: Path, survey: Survey, checkpoint: str, device: str 
     half = task.sequence_length // 2
     answer = task.prompts(task.splits[0]).answers.shape[1] if isinstance(task, Prompted) else half
     new = survey.max_new_tokens or answer
-    names = [name.strip() for name in survey.domains.split(",")] if survey.domains else domain_names(task, tokenizer)
+    names = split_names(survey.domains) or domain_names(task, tokenizer)
     length = survey.prompt_tokens or half
     fetched = run.parent.parent / "data" / "domains"
     check_room(run, task.sequence_length, length, new)

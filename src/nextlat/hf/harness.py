@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from nextlat.errors import NextLatError
 from nextlat.files import explained, write_json
 from nextlat.hf.tokenizer import task_tokenizer
+from nextlat.options import split_names
 from nextlat.statistics import Z95, Metric, proportion
 from nextlat.training.environment import commit
 from nextlat.training.loop import results
@@ -36,7 +37,7 @@ PAPER_TASKS = ("wikitext", *ACCURACIES)
 
 def split_tasks(text: str | None) -> list[str]:
     """``wikitext,piqa`` as names, the paper's group spelled out, each once."""
-    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    names = split_names(text)
     if not names:
         raise NextLatError(f"harness needs --tasks: names of lm-eval, {PAPER}, YAML files or folders of them")
     return list(dict.fromkeys(task for name in names for task in (PAPER_TASKS if name == PAPER else (name,))))
