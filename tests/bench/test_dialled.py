@@ -8,9 +8,11 @@ import pytest
 from torch import Tensor
 
 from nextlat.bench import decode
+from nextlat.bench.replay import Replay, steady
 from nextlat.decoding.costs import Costs
 from nextlat.decoding.generate import generate
-from nextlat.decoding.packed import Packed
+from nextlat.decoding.packed import Packed, packed
+from nextlat.decoding.policies import Static
 from nextlat.decoding.speculative import Statistics
 from nextlat.timing import Prepared, Timing
 
@@ -89,6 +91,22 @@ def test_luck_with_the_coins_moves_gain_and_bound_of_a_repetition_alike() -> Non
 def test_texts_with_drafts_stand_beside_those_without_of_their_turn() -> None:
     first, second = Timing((1.0, 2.0), (5.0, 6.0)), Timing((3.0, 4.0), (7.0, 8.0))
     assert decode.side_by_side([first, second]) == Timing((1.0, 3.0, 2.0, 4.0), (5.0, 7.0, 6.0, 8.0))
+
+
+def test_what_is_counted_is_of_the_texts_that_were_timed_and_not_of_those_before(calls: dict[str, list[Any]]) -> None:
+    objective = decode.TINY.build()
+    lm, drafter, prompts = objective.as_lm(), objective.drafter(), decode.prompt(1, CONTEXT, decode.TINY.vocab)
+    recorded = generate(lm, prompts, NEW)
+    costs = Costs(0.01, {1: 1.0, 17: 1.1})
+    with packed(lm) as fast:
+        made = decode.in_turn(lm, fast, drafter, prompts, recorded, 0.5, costs, 2)
+    expected = []
+    for seed in range(decode.COINS, 3 * decode.COINS):
+        expected.append(Statistics())
+        drafts = Replay(drafter, recorded, steady(0.5), seed=seed)
+        generate(lm, prompts, NEW, drafter=drafts, policy=Static(costs.best_length(0.5, 16)), statistics=expected[-1])
+    assert made.texts == expected
+    assert len({text.rounds for text in expected}) > 1
 
 
 def test_texts_that_are_not_the_recorded_one_are_noticed() -> None:

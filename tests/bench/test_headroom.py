@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -102,33 +103,53 @@ def test_chances_of_a_place_are_those_of_verification(model: Any, monkeypatch: p
         assert sum(column) / len(column) == pytest.approx(kept ** (j + 1), abs=0.03)
 
 
-def test_the_limit_of_foreseeing_is_that_of_lengths_by_what_is_expected() -> None:
-    costs = Costs(0.3, {1: 1.0, 2: 1.2, 3: 1.9, 4: 2.0})
-    easy, hard = [0.95, 0.9, 0.8], [0.2, 0.05, 0.0]
-    curves = [(easy if place % 3 else hard)[: 7 - place] for place in range(8)]
+EASY, HARD = [0.95, 0.9, 0.8], [0.2, 0.05, 0.0]
+STAIRS = Costs(0.3, {1: 1.0, 2: 1.2, 3: 1.9, 4: 2.0})
+
+
+def in_turn(easy: list[float], hard: list[float]) -> list[list[float]]:
+    """Chances at eight places, of which every third is hard."""
+    return [(easy if place % 3 else hard)[: 7 - place] for place in range(8)]
+
+
+def cost(curves: list[list[float]], costs: Costs, lengths: Sequence[int]) -> float:
+    """Of lengths at every place: every end of every draft, one by one."""
+
+    def behind(place: int) -> float:
+        if place >= len(curves):
+            return 0.0
+        survival = curves[place][: lengths[place]]
+        total = costs.round(len(survival))
+        for kept in range(len(survival) + 1):
+            chance = (survival[kept - 1] if kept else 1.0) - (survival[kept] if kept < len(survival) else 0.0)
+            total += chance * behind(place + 1 + kept)
+        return total
+
+    return behind(0)
+
+
+@pytest.mark.parametrize(
+    ("easy", "hard", "costs"),
+    [
+        (EASY, HARD, STAIRS),
+        # a token of 0.6 is worth 0.5 of a plain step, but not at the rate that is reached
+        ([0.98, 0.96, 0.94], [0.6, 0.3, 0.1], Costs(0.3, {1: 1.0, 2: 1.2, 3: 1.4, 4: 1.6})),
+    ],
+)
+def test_the_limit_of_foreseeing_is_that_of_lengths_by_what_is_expected(
+    easy: list[float], hard: list[float], costs: Costs
+) -> None:
+    curves = in_turn(easy, hard)
     text = Foreseen(curves, curves)
-
-    def cost(lengths: Any) -> float:
-        """Every end of every draft, one by one."""
-
-        def behind(place: int) -> float:
-            if place >= 8:
-                return 0.0
-            survival = curves[place][: lengths[place]]
-            total = costs.round(len(survival))
-            for kept in range(len(survival) + 1):
-                chance = (survival[kept - 1] if kept else 1.0) - (survival[kept] if kept < len(survival) else 0.0)
-                total += chance * behind(place + 1 + kept)
-            return total
-
-        return behind(0)
-
-    fixed = min(cost([length] * 8) for length in range(4))
-    least = min(cost(lengths) for lengths in product(range(4), repeat=8))
+    fixed = min(cost(curves, costs, [length] * 8) for length in range(4))
+    least = min(cost(curves, costs, lengths) for lengths in product(range(4), repeat=8))
     found = headroom_of_chances([text, text], costs, 3, range(4))
     assert found == pytest.approx(fixed / least, rel=0.01)
     assert found > 1.1
-    # what is kept must be known beforehand to be gained by
-    mean = [[(4 * a + 3 * b) / 7 for a, b in zip(easy, hard, strict=True)][: 7 - place] for place in range(8)]
-    assert headroom_of_chances([Foreseen(curves, mean)], costs, 3, range(4)) == pytest.approx(1.0, abs=0.02)
-    assert headroom_of_chances([Foreseen([], [])], costs, 3, [0, 1]) == 1.0
+
+
+def test_what_is_kept_must_be_known_beforehand_to_be_gained_by() -> None:
+    mean = [[(4 * a + 3 * b) / 7 for a, b in zip(EASY, HARD, strict=True)][: 7 - place] for place in range(8)]
+    found = headroom_of_chances([Foreseen(in_turn(EASY, HARD), mean)], STAIRS, 3, range(4))
+    assert found == pytest.approx(1.0, abs=0.02)
+    assert headroom_of_chances([Foreseen([], [])], STAIRS, 3, [0, 1]) == 1.0

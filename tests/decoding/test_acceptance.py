@@ -100,6 +100,9 @@ def test_survival_is_the_product_of_chances_by_state_and_token() -> None:
     g = torch.Generator().manual_seed(0)
     head = AcceptanceHead(EMBEDDING, 4, 5, generator=g)
     torch.nn.init.normal_(head.out.weight, std=0.1, generator=g)
+    for name, parameter in head.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, generator=g)
     states, tokens = torch.randn(3, 4, generator=g), torch.tensor([0, 6, 2])
     chances = head(torch.cat([states, EMBEDDING[tokens]], 1)).sigmoid()
     survival = head.folded()
