@@ -183,6 +183,24 @@ def test_the_result_does_not_depend_on_the_chunk(chunk_pairs: int) -> None:
         torch.testing.assert_close(value, expected[1][key], rtol=1e-9, atol=1e-12)
 
 
+def test_the_text_head_gets_no_state_that_is_in_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = bst()
+    got: list[tuple[Tensor, Tensor]] = []
+    prepared = objective.networks.text_head.prepared
+
+    def watched(prefixes: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
+        got.append((prefixes.detach(), behind.detach()))
+        return prepared(prefixes, behind)
+
+    monkeypatch.setattr(objective.networks.text_head, "prepared", watched)
+    objective(EXAMPLE)
+    assert listed(objective.pairs(EXAMPLE)) == [(0, 1, 2), (0, 1, 3), (0, 2, 3), (0, 3, 4)]
+    prefixes, behind = got[0]
+    states = objective.trunk.hidden_states(EXAMPLE.tokens, EXAMPLE.documents)[0]
+    assert torch.equal(prefixes, states[1:4])  # the first is prompt, and behind the last is nothing
+    assert torch.equal(behind, objective.suffix_states(EXAMPLE)[0, 1:4])
+
+
 @pytest.mark.parametrize("cells", [1, 64, 200])
 def test_pairs_do_not_depend_on_how_many_rows_are_looked_at_together(
     cells: int, monkeypatch: pytest.MonkeyPatch

@@ -229,14 +229,14 @@ class BST(Objective):
         """
         pairs = self.pairs(batch)
         row, t, p = pairs
-        prefixes = self.trunk.hidden_states(batch.tokens, batch.documents).flatten(0, 1)  # (B * T, D)
-        behind = self.suffix_states(batch).flatten(0, 1)
+        first = row * batch.tokens.shape[1]
+        prefixes, t_row = _those_used(self.trunk.hidden_states(batch.tokens, batch.documents), first + t)
+        behind, p_row = _those_used(self.suffix_states(batch), first + p)
         following, previous = batch.targets[row, t], batch.tokens[row, p]
         if self.gap_one == "eos":
             touching = t == p
             following, previous = (x.masked_fill(touching, self.end_token) for x in (following, previous))
-        first = row * batch.tokens.shape[1]
-        ends = torch.stack([first + t, len(prefixes) + first + p], 1)  # (P, 2) rows of prefixes, and of states behind
+        ends = torch.stack([t_row, len(prefixes) + p_row], 1)  # (P, 2) rows of prefixes, and of states behind
         head, states = self.networks.text_head, self.networks.text_head.prepared(prefixes, behind)
         halves = zero_sums(2, prefixes)
         most = self.chunk_pairs or PAIRS_AT_ONCE.get(prefixes.device.type, PAIRS_AT_ONCE["cpu"])
@@ -290,6 +290,18 @@ class BST(Objective):
     def as_lm(self) -> BSTModel:
         """The forward encoder and the text head with the empty suffix."""
         return BSTModel(self)
+
+
+def _those_used(states: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (B, T, D) states the (N, D) that are in a pair, by (P,) places in B * T; and where among them the places are.
+
+    Behind a long prompt most are in none.
+    """
+    flat = states.flatten(0, 1)
+    used = torch.zeros(len(flat), dtype=torch.bool, device=flat.device).index_fill_(0, rows, True)
+    if used.all():
+        return flat, rows
+    return flat.index_select(0, used.nonzero()[:, 0]), (used.cumsum(0) - 1)[rows]
 
 
 class BSTModel:
