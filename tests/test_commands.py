@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from nextlat import cli, commands
 from nextlat.cli import app
 from nextlat.config import expand as expand_any
+from nextlat.options import split_names
 from tests.tiny import TINY, metrics
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -129,3 +130,8 @@ def test_the_report_of_an_unfinished_run_knows_its_chance_level() -> None:
     run("train", "path_star/mini", *TINY, "name=r", "--stop-after", "3")
     run("report", "runs/r", "--out", "page")
     assert "50 %" in Path("page/table.md").read_text(encoding="utf-8")
+
+
+def test_lists_of_names_forgive_spaces_and_a_comma_too_many() -> None:
+    assert split_names("prose, code,") == ["prose", "code"]
+    assert split_names("") == split_names(None) == []
